@@ -1,0 +1,1 @@
+"""Training: real text as bytes, and the loop that learns it."""
