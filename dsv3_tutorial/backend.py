@@ -20,7 +20,7 @@ _OLDEST = (8, 0)  # Ampere: the first tensor cores that multiply BF16
 
 
 class BackendError(RuntimeError):
-    """A forced backend cannot run here. The message says why, why no other one was taken, what to do."""
+    """A forced backend cannot run here: why, why nothing else was run instead, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ read. Nothing here is typed by hand, and nothing here imports torch.
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import date
@@ -72,12 +72,12 @@ def read(name: str, *, folder: Path | None = None, **filters: Any) -> list[Recei
     path = _path(name, folder)
     found = [_parse(line, path, number) for number, line in _lines(path)]
     known = {f.name for f in fields(Receipt)}.union(*(receipt.shapes for receipt in found))
-    unknown = sorted(set(filters) - known) if found else []
-    if unknown:
-        problems = [f"{key!r} is neither a field nor in the shapes" for key in unknown]
+    problems = [f"{key!r}, which no receipt has" for key in sorted(set(filters) - known)]
+    if problems and found:
         why = "Such a filter would leave nothing, and an empty figure looks like a finding."
         raise ReceiptError(f"{path} was asked for", problems, why, f"Choose from {sorted(known)}.")
-    return [receipt for receipt in found if _matches(receipt, filters)]
+    wanted = filters.items()
+    return [r for r in found if wanted <= {**r.shapes, **asdict(r)}.items()]
 
 
 def latest(name: str, *, folder: Path | None = None, **filters: Any) -> list[Receipt]:
@@ -101,13 +101,13 @@ def append(name: str, receipts: Iterable[Receipt], *, folder: Path | None = None
     once. Raises ReceiptError, also where the folder cannot be written.
     """
     path = _path(name, folder)
-    new = [json.dumps(_row(receipt), allow_nan=False) for receipt in receipts]
-    old = []
-    if path.exists():
-        read(name, folder=folder)
-        old = [line for _, line in _lines(path)]
+    rows = [{k: v for k, v in asdict(r).items() if v is not None} for r in receipts]
+    new = [json.dumps(row, allow_nan=False) for row in rows]
+    old = _lines(path) if path.exists() else []
+    for number, line in old:
+        _parse(line, path, number)
     try:
-        write_whole(path, "".join(f"{line}\n" for line in [*old, *new]))
+        write_whole(path, "".join(f"{line}\n" for line in [line for _, line in old] + new))
     except OSError as error:
         why = "The measurement was made and would be lost."
         do = "Name a folder that can be written with --out, or folder=."
@@ -128,20 +128,16 @@ def caption(receipts: Iterable[Receipt]) -> str:
     """
     groups: dict[str, list[Receipt]] = {}
     for receipt in receipts:
-        groups.setdefault(_device(receipt), []).append(receipt)
+        threads = f" ({receipt.threads} thread{'s' if receipt.threads > 1 else ''})"
+        device = receipt.device + (threads if receipt.device_kind == "cpu" else "")
+        groups.setdefault(device, []).append(receipt)
     parts = [f"{device}, {_days(group)}{_torch(group)}" for device, group in groups.items()]
     return "; ".join(parts) or "not measured yet"
 
 
-def _device(receipt: Receipt) -> str:
-    if receipt.device_kind == "gpu":
-        return receipt.device
-    return f"{receipt.device} ({receipt.threads} thread{'s' if receipt.threads > 1 else ''})"
-
-
 def _days(group: list[Receipt]) -> str:
-    days = sorted({receipt.date for receipt in group})
-    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    first, last = min(r.date for r in group), max(r.date for r in group)
+    return first if first == last else f"{first} to {last}"
 
 
 def _torch(group: list[Receipt]) -> str:
@@ -189,27 +185,15 @@ def _row_problems(row: Any) -> list[str]:
     known = {f.name for f in fields(Receipt)}
     required = [f.name for f in fields(Receipt) if f.default is MISSING]
     missing = [f"{name} is missing" for name in required if name not in row]
-    return missing + [f"{name} is not a field" for name in row if name not in known]
-
-
-def _row(receipt: Receipt) -> dict[str, Any]:
-    return {name: value for name, value in asdict(receipt).items() if value is not None}
-
-
-def _matches(receipt: Receipt, filters: Mapping[str, Any]) -> bool:
-    facts = {**receipt.shapes, **asdict(receipt)}
-    return all(key in facts and facts[key] == value for key, value in filters.items())
+    return missing + [f"{name!r} is not a field" for name in row if name not in known]
 
 
 def _problems(r: Receipt) -> list[str]:
-    texts = ("what", "device", "unit")
-    found = [f"{n} must be text, got {getattr(r, n)!r}" for n in texts if not _text(getattr(r, n))]
-    counts = ("repeats", "threads")
-    found += [
-        f"{name} must be a whole number of at least 1, got {getattr(r, name)!r}"
-        for name in counts
-        if type(getattr(r, name)) is not int or getattr(r, name) < 1
-    ]
+    texts = {"what": r.what, "device": r.device, "unit": r.unit}
+    found = [f"{name} must be text, got {it!r}" for name, it in texts.items() if not _text(it)]
+    for name, it in {"repeats": r.repeats, "threads": r.threads}.items():
+        if type(it) is not int or it < 1:
+            found.append(f"{name} must be a whole number of at least 1, got {it!r}")
     if r.device_kind not in DEVICE_KINDS:
         found.append(f"device_kind must be one of {DEVICE_KINDS}, got {r.device_kind!r}")
     if not _is_day(r.date):
@@ -220,8 +204,11 @@ def _problems(r: Receipt) -> list[str]:
 def _version_problems(r: Receipt) -> list[str]:
     if not isinstance(r.versions, Mapping) or not r.versions:
         return [f"versions must name the libraries that ran, got {r.versions!r}"]
-    bad = [name for name, value in r.versions.items() if not (_text(name) and _text(value))]
-    found = [f"versions[{name!r}] must be text, got {r.versions[name]!r}" for name in bad]
+    found = [
+        f"versions[{name!r}] must be text, got {version!r}"
+        for name, version in r.versions.items()
+        if not (_text(name) and _text(version))
+    ]
     python = r.versions.get("python", "3.11")
     if _text(python) and not re.fullmatch(r"\d+\.\d+", python):
         found.append(f"versions['python'] goes without its patch version, got {python!r}")
@@ -240,8 +227,8 @@ def _shape_problems(r: Receipt) -> list[str]:
 
 def _number_problems(r: Receipt) -> list[str]:
     found = [] if _number(r.value) else [f"value must be a finite number, got {r.value!r}"]
-    pair = tuple(sorted(r.spread, key=str)) if isinstance(r.spread, Mapping) else None
-    pair = next((names for names in SPREADS if pair == tuple(sorted(names))), None)
+    held = set(r.spread) if isinstance(r.spread, Mapping) else set()
+    pair = next((pair for pair in SPREADS if held == set(pair)), None)
     if pair is None or not all(_number(r.spread[name]) for name in pair):
         found.append(f"spread must hold finite numbers for one of {SPREADS}, got {r.spread!r}")
     elif not found and not r.spread[pair[0]] <= r.value <= r.spread[pair[1]]:
@@ -249,7 +236,9 @@ def _number_problems(r: Receipt) -> list[str]:
     if (r.ceiling is None) != (r.fraction is None):
         found.append("ceiling and fraction belong together: give both or neither")
     elif r.ceiling is not None and not (_text(r.ceiling) and _number(r.fraction)):
-        found.append(f"ceiling must be text and fraction a number, got {r.ceiling!r}, {r.fraction!r}")
+        found.append(
+            f"ceiling must be text and fraction a number, got {r.ceiling!r}, {r.fraction!r}"
+        )
     return found
 
 
@@ -258,7 +247,8 @@ def _text(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # false for nan, infinity and 10**400
 
 
 def _is_day(value: Any) -> bool:

@@ -58,10 +58,16 @@ def _attend(q: Tensor, latent: Tensor, rank: int, scale: float) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     latent = latent.to(wide)  # no copy when it is wide already
     rows = (q.to(wide) * scale).reshape(n_queries * n_heads, width)  # (S * H, C + R)
+    weights = _weights(rows, latent, n_queries, n_heads)
+    return (weights @ latent[:, :rank]).view(n_queries, n_heads, rank)  # (S, H, C)
+
+
+def _weights(rows: Tensor, latent: Tensor, n_queries: int, n_heads: int) -> Tensor:
+    """How much each scaled query row (S * H, C + R) attends to each cached row: (S * H, T)."""
     scores = F.linear(rows, latent)  # (S * H, T)
     if n_queries > 1:
         scores = scores + _causal_bias(n_queries, latent).repeat_interleave(n_heads, dim=0)
-    return (scores.softmax(-1) @ latent[:, :rank]).view(n_queries, n_heads, rank)  # (S, H, C)
+    return scores.softmax(-1)
 
 
 def _causal_bias(n_queries: int, latent: Tensor) -> Tensor:
@@ -80,6 +86,8 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     _check(q, latent, lengths, rank)
+    if backend is None and q.dtype == torch.float64:
+        backend = "reference"  # tensor cores take no part in a float64 check
     if pick(q, backend) == "reference":
         return latent_decode_reference(q, latent, lengths, rank, scale)
     from dsv3_tutorial.attention import triton_decode  # Triton is imported here and nowhere else
@@ -91,8 +99,9 @@ def _check(q: Tensor, latent: Tensor, lengths: Tensor, rank: int) -> None:
     problem = _shape_problem(q, latent, lengths, rank) or _value_problem(q, latent, lengths)
     if problem is not None:
         raise ValueError(
-            f"latent_decode: {problem}. Heads would read rows that are not theirs, or none. Pass "
-            "q (B, S, H, C + R), latent (B, T, C + R), lengths (B,) with S <= lengths <= T, rank = C."
+            f"latent_decode: {problem}. Heads would read rows that are not theirs, or none. "
+            "Pass q (B, S, H, C + R), latent (B, T, C + R), lengths (B,) with S <= lengths <= T, "
+            "and rank = C."
         )
 
 
@@ -165,7 +174,30 @@ def _(grad, q, latent, lengths, rank, scale):
 def _attend_backward(
     grad: Tensor, q: Tensor, latent: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `_attend` for one sequence: of q (S, H, C + R) and of the rows (T, C + R)."""
-    with torch.enable_grad():
-        q, latent = q.detach().requires_grad_(), latent.detach().requires_grad_()
-        return torch.autograd.grad(_attend(q, latent, rank, scale), (q, latent), grad)
+    """The gradient of `_attend`: of q (S, H, C + R) and of the rows (T, C + R), in closed form.
+
+    Written out because no graph is recorded inside an operator. A cached row has two gradients, as
+    a key in all its width and as a value in its first C columns.
+    """
+    kind, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    grad, rows, latent = (x.to(wide).flatten(0, -2) for x in (grad, q, latent))
+    weights = _weights(rows * scale, latent, *q.shape[:2])  # (S * H, T)
+    grad_weights = F.linear(grad, latent[:, :rank])
+    offset = (grad_weights * weights).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_weights - offset) * scale
+    grad_latent = grad_scores.T @ rows  # (T, C + R)
+    grad_latent[:, :rank] += weights.T @ grad
+    return (grad_scores @ latent).view(q.shape).to(kind), grad_latent.to(kind)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, latent, lengths, ctx.rank, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, latent, lengths)
+
+
+def _backward(ctx, grad: Tensor):
+    pair = torch.ops.dsv3.latent_decode_backward(grad, *ctx.saved_tensors, ctx.rank, ctx.scale)
+    return *pair, None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_save)

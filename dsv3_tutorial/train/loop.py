@@ -20,8 +20,8 @@ class Schedule:
     """How long and how hard to train. `seconds` ends a run early without changing its steps."""
 
     steps: int
-    batch: int = 4
-    seq_len: int = 256
+    batch: int = 8
+    seq_len: int = 128
     peak_lr: float = 3e-3
     final_lr: float = 3e-4
     warmup: int = 50
@@ -60,7 +60,7 @@ def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Tensor, batch: int, seq_len: int, count: int = 8) -> float:
+def evaluate(model: nn.Module, data: Tensor, batch: int, seq_len: int, count: int = 16) -> float:
     """Held-out bits per byte over `count` fixed batches of windows spread over `data`."""
     batches = windows(data, batch, seq_len, count)
     losses = [bits_per_byte(model(b[:, :-1]), b[:, 1:]).item() for b in batches]
@@ -97,12 +97,13 @@ def train(model: nn.Module, corpus: Corpus, schedule: Schedule, seed: int = 0) -
     order = torch.Generator().manual_seed(seed)
     optimizer = optimizer_for(model, schedule.peak_lr)
     device = next(model.parameters()).device
+    limit = math.inf if schedule.seconds is None else schedule.seconds
     began = time.perf_counter()
     for step in range(schedule.steps):
         batch = sample(corpus.train, schedule.batch, schedule.seq_len, order).to(device)
         loss = train_step(model, optimizer, batch, schedule.learning_rate(step))
         spent = time.perf_counter() - began
-        last = step == schedule.steps - 1 or (schedule.seconds or math.inf) < spent
+        last = step == schedule.steps - 1 or limit < spent
         held_out = None
         if last or (step + 1) % schedule.evaluate_every == 0:
             held_out = evaluate(model, corpus.held_out.to(device), 8, schedule.seq_len)

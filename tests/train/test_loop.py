@@ -73,7 +73,6 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(corpus):
     before = model.table.weight.clone()
     with pytest.raises(FloatingPointError, match="Lower the learning rate"):
         list(loop.train(model, corpus, SHORT))
-    assert torch.equal(model.table.weight, before) or torch.isnan(before).any()
     assert torch.equal(model.table.weight[0], before[0])
 
 

@@ -1,0 +1,1 @@
+"""How a token reads the ones before it, and what has to be kept in memory for that."""

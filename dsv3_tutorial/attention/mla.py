@@ -1,0 +1,242 @@
+"""Multi-head Latent Attention: cache one small latent a token, not every head's key and value.
+
+B batch, S query positions, T cached positions, D hidden, H heads, Q query latent, C kv latent,
+N nope head dim, R rope head dim, V value head dim. DeepSeek-V3 report, section 2.1.1, equations
+1 to 11; absorption: DeepSeek-V2 report, section 2.1.2.
+
+Keys are linear in the latent, k = W_UK c, so q . k = (W_UK^T q) . c: move the matrix to the query
+and the keys never need to exist. That works because nothing position-dependent stands between
+W_UK and c; positions therefore have a small key of their own, k_rope, shared by all heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_tutorial.attention.cache import Cache, CacheError, FullCache, LatentCache
+from dsv3_tutorial.attention.decode import latent_decode
+from dsv3_tutorial.attention.mha import attend, check_input, visible
+from dsv3_tutorial.attention.rope import RotationTable, rotate
+from dsv3_tutorial.config import ConfigError, ModelConfig
+
+
+def compress(
+    x: Tensor,
+    kv_a_weight: Tensor,
+    norm_weight: Tensor,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One projection makes all that is cached: a latent, normalised, and the shared key, not.
+
+    x (B, S, D), kv_a_weight (C + R, D), norm_weight (C,) -> c_kv (B, S, C), k_rope (B, S, R).
+    k_rope still has to be rotated. Equations 1 and 3.
+    """
+    rank = norm_weight.shape[0]
+    compressed = F.linear(x, kv_a_weight, bias)  # (B, S, C + R)
+    c_kv, k_rope = compressed[..., :rank], compressed[..., rank:]
+    return F.rms_norm(c_kv, (rank,), norm_weight, eps), k_rope
+
+
+def expanded_scores(
+    q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor
+) -> Tensor:
+    """The logits of every query with every cached token, each head's keys rebuilt from the latent.
+
+    q_nope (B, S, H, N), q_rope (B, S, H, R), c_kv (B, T, C), k_rope (B, T, R), w_uk (H, N, C)
+    -> (B, H, S, T), neither scaled nor masked.
+
+    Rebuilding costs H N C multiplies for each of the T cached tokens, at every call.
+    """
+    k_nope = torch.einsum("btc,hnc->bthn", c_kv, w_uk)
+    content = torch.einsum("bshn,bthn->bhst", q_nope, k_nope)
+    position = torch.einsum("bshr,btr->bhst", q_rope, k_rope)
+    return content + position
+
+
+def absorbed_scores(
+    q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor
+) -> Tensor:
+    """The logits of `expanded_scores`, read straight from the latent: no key is ever made.
+
+    q_nope (B, S, H, N), q_rope (B, S, H, R), c_kv (B, T, C), k_rope (B, T, R), w_uk (H, N, C)
+    -> (B, H, S, T), neither scaled nor masked.
+
+    W_UK meets the S queries, not the T cached tokens; in exchange a dot product is C long, not N.
+    """
+    q_latent = torch.einsum("bshn,hnc->bshc", q_nope, w_uk)
+    content = torch.einsum("bshc,btc->bhst", q_latent, c_kv)
+    position = torch.einsum("bshr,btr->bhst", q_rope, k_rope)
+    return content + position
+
+
+def expanded_values(probs: Tensor, c_kv: Tensor, w_uv: Tensor) -> Tensor:
+    """Each head's mixture of values, all values rebuilt from the latent.
+
+    probs (B, H, S, T), c_kv (B, T, C), w_uv (H, V, C) -> (B, S, H, V).
+    """
+    values = torch.einsum("btc,hvc->bthv", c_kv, w_uv)
+    return torch.einsum("bhst,bthv->bshv", probs, values)
+
+
+def absorbed_values(probs: Tensor, c_kv: Tensor, w_uv: Tensor) -> Tensor:
+    """The result of `expanded_values`: mix the latents first, then expand only the mixture.
+
+    probs (B, H, S, T), c_kv (B, T, C), w_uv (H, V, C) -> (B, S, H, V).
+    """
+    mixed = torch.einsum("bhst,btc->bshc", probs, c_kv)
+    return torch.einsum("bshc,hvc->bshv", mixed, w_uv)
+
+
+def absorb_query(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """The query as the latent sees it, W_UK^T q: once a token, whatever the context.
+
+    q_nope (B, S, H, N), w_uk (H, N, C) -> (B, S, H, C).
+    """
+    return torch.einsum("bshn,hnc->bshc", q_nope, w_uk)
+
+
+def probabilities(scores: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Softmax over the tokens a query may read, in at least float32, given back in scores' dtype.
+
+    scores (B, H, S, T), mask (B, S, T) bool -> (B, H, S, T).
+    """
+    scores = (scores * scale).masked_fill(~mask[:, None], -math.inf)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=dtype).to(scores.dtype)
+
+
+def expansion_pays_from(cfg: ModelConfig) -> float:
+    """How many queries at once make re-expanding the latent cheaper than absorbing, in arithmetic.
+
+    Expanding costs C (N + V) a cached token and head, once; absorbing makes each query's part
+    longer, 2 C + R instead of N + R + V. DeepSeek-V3: 171. Infinite where absorbing never loses.
+    """
+    extra = 2 * cfg.kv_lora_rank - cfg.qk_nope_head_dim - cfg.v_head_dim
+    rebuilt = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+    return rebuilt / extra if extra > 0 else math.inf
+
+
+class MLA(nn.Module):
+    """Attention over (c_kv, k_rope). forward: x (B, S, D) -> (B, S, D), causal.
+
+    One set of weights, several ways to the same numbers. `absorb`, here or per call:
+      None   the cheap way: whole heads and a fused kernel without a cache or for a long prefill,
+             absorbed for decode.
+      False  keys and values rebuilt from the latent, as the equations stand.
+      True   never rebuilt.
+    With a LatentCache or a FullCache, x continues each sequence where the cache ends. A FullCache
+    keeps the expanded heads themselves: less arithmetic a step, H (N + R + V) / (C + R) times the
+    bytes. `backend` forces one side of the decode kernel (`attention.decode`).
+    """
+
+    def __init__(self, cfg: ModelConfig, absorb: bool | None = None, backend: str | None = None):
+        super().__init__()
+        if not cfg.is_mla:
+            raise ConfigError(
+                ["kv_lora_rank is not set: this config is not MLA; use attention.mha.Attention"]
+            )
+        self.cfg, self.absorb, self.backend = cfg, absorb, backend
+        d, h, bias = cfg.hidden_size, cfg.num_attention_heads, cfg.attention_bias
+        q, c, eps = cfg.q_lora_rank, cfg.kv_lora_rank, cfg.rms_norm_eps
+        if q is None:
+            self.q_proj = nn.Linear(d, h * cfg.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d, q, bias=bias)  # W^DQ
+            self.q_a_layernorm = nn.RMSNorm(q, eps=eps)
+            self.q_b_proj = nn.Linear(q, h * cfg.qk_head_dim, bias=False)  # W^UQ, W^QR
+        self.kv_a_proj_with_mqa = nn.Linear(d, c + cfg.rope_dim, bias=bias)  # W^DKV, W^KR
+        self.kv_a_layernorm = nn.RMSNorm(c, eps=eps)
+        per_head = cfg.qk_nope_head_dim + cfg.v_head_dim
+        self.kv_b_proj = nn.Linear(c, h * per_head, bias=False)  # W^UK, W^UV
+        self.o_proj = nn.Linear(h * cfg.v_head_dim, d, bias=bias)  # W^O
+        self.rotation = RotationTable(cfg)
+        self.expands_from = expansion_pays_from(cfg)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, absorb: bool | None = None) -> Tensor:
+        check_input(x, self.cfg)
+        absorb = self.absorb if absorb is None else absorb
+        cos, sin = self.rotation.next_rows(cache, x.shape[1], x)
+        q_nope, q_rope = self.queries(x)
+        q_rope = rotate(q_rope, cos, sin, self.cfg.rope_interleave)
+        down, norm = self.kv_a_proj_with_mqa, self.kv_a_layernorm
+        c_kv, k_rope = compress(x, down.weight, norm.weight, norm.eps, down.bias)
+        k_rope = rotate(k_rope[:, :, None], cos, sin, self.cfg.rope_interleave)[:, :, 0]
+        if isinstance(cache, FullCache) or (cache is None and absorb is None):
+            out = self._whole_heads(q_nope, q_rope, c_kv, k_rope, cache)
+        else:
+            out = self._from_latent(q_nope, q_rope, c_kv, k_rope, cache, absorb)
+        return self.o_proj(out.flatten(2))  # (B, S, D)
+
+    def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, S, D) -> q_nope (B, S, H, N), q_rope (B, S, H, R), not yet rotated."""
+        if self.cfg.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (-1, self.cfg.qk_head_dim))  # (B, S, H, N + R)
+        n = self.cfg.qk_nope_head_dim
+        return q[..., :n], q[..., n:]
+
+    def up_weights(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, N, C) and W_UV (H, V, C): views of the one weight `kv_b_proj`."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.cfg.num_attention_heads, -1))
+        return weight[:, : self.cfg.qk_nope_head_dim], weight[:, self.cfg.qk_nope_head_dim :]
+
+    def _whole_heads(
+        self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """Through each head's own key and value: fresh ones, or all that a FullCache holds."""
+        n, heads = self.cfg.qk_nope_head_dim, self.cfg.num_attention_heads
+        expanded = self.kv_b_proj(c_kv).unflatten(-1, (heads, -1))  # (B, T, H, N + V)
+        k_rope = k_rope[:, :, None].expand(-1, -1, heads, -1)  # (B, T, H, R)
+        keys, values = torch.cat([expanded[..., :n], k_rope], dim=-1), expanded[..., n:]
+        if isinstance(cache, FullCache):
+            keys, values = cache.append(keys, values)
+        q = torch.cat([q_nope, q_rope], dim=-1)  # (B, S, H, N + R)
+        return attend(q, keys, values, self.cfg.softmax_scale, cache)
+
+    def _from_latent(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        c_kv: Tensor,
+        k_rope: Tensor,
+        cache: Cache | None,
+        absorb: bool | None,
+    ) -> Tensor:
+        queries = q_nope.shape[1]
+        if cache is None:
+            lengths = torch.full((1,), queries, device=c_kv.device)
+        else:
+            latent, lengths = _append(cache, c_kv, k_rope), cache.lengths
+            if absorb is None and queries >= self.expands_from:
+                return self._whole_heads(q_nope, q_rope, cache.c_kv, cache.k_rope, cache)
+            if absorb is not False:
+                return self._decode(q_nope, q_rope, latent, lengths)
+            c_kv, k_rope = cache.c_kv, cache.k_rope
+        w_uk, w_uv = self.up_weights()
+        scores = absorbed_scores if absorb else expanded_scores
+        mix = absorbed_values if absorb else expanded_values
+        mask = visible(lengths, queries, c_kv.shape[1])
+        logits = scores(q_nope, q_rope, c_kv, k_rope, w_uk)
+        return mix(probabilities(logits, self.cfg.softmax_scale, mask), c_kv, w_uv)
+
+    def _decode(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, lengths: Tensor) -> Tensor:
+        """Absorbed, over the cache as one tensor: a token's latent is read once for all heads."""
+        w_uk, w_uv = self.up_weights()
+        q = torch.cat([absorb_query(q_nope, w_uk), q_rope], dim=-1)  # (B, S, H, C + R)
+        rank, scale = self.cfg.kv_lora_rank, self.cfg.softmax_scale
+        mixed = latent_decode(q, latent, lengths, rank, scale, self.backend)
+        return torch.einsum("bshc,hvc->bshv", mixed, w_uv)
+
+
+def _append(cache: Cache, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+    if not isinstance(cache, LatentCache):
+        raise CacheError(
+            f"MLA got a {type(cache).__name__}, which it cannot write to. "
+            "Use LatentCache.for_config(cfg, batch, capacity), or a FullCache."
+        )
+    return cache.append(c_kv, k_rope)

@@ -1,0 +1,1 @@
+"""Measured runs: what this machine really does, written down as receipts."""

@@ -1,0 +1,1 @@
+"""What a model should cost, on paper: counted from its config alone, before anything is built."""

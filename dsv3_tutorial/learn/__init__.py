@@ -1,0 +1,18 @@
+"""What a notebook imports. The library below knows nothing of this folder: it can be deleted."""
+
+from dsv3_tutorial.learn.notebook import exercise, fails, hint, progress, solution
+from dsv3_tutorial.learn.predictions import predict, reveal
+from dsv3_tutorial.learn.terms import term
+from dsv3_tutorial.learn.widgets import explore
+
+__all__ = [
+    "exercise",
+    "explore",
+    "fails",
+    "hint",
+    "predict",
+    "progress",
+    "reveal",
+    "solution",
+    "term",
+]

@@ -1,0 +1,1 @@
+"""One module per concept, each declaring its exercises in a list EXERCISES."""

@@ -1,0 +1,123 @@
+"""Beyond the core path: YaRN's temperature, and a function with the field's bugs in it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dsv3_tutorial.learn.exercises.attention.draw import randn
+from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
+
+
+def _growth(factor: float, mscale_all_dim: float) -> float:
+    return 0.1 * mscale_all_dim * math.log(factor) + 1
+
+
+SOFTMAX_SCALE = Exercise(
+    name="attention.softmax_scale",
+    reference="dsv3_tutorial.config:yarn_softmax_scale",
+    cases=[
+        Case("no stretching", lambda: (192, 1.0, 1.0)),
+        Case("DeepSeek-V3", lambda: (192, 40.0, 1.0)),
+        Case("DeepSeek-V2-Lite", lambda: (192, 40.0, 0.707)),
+        Case("another", lambda: (96, 8.0, 1.0), hidden=True),
+    ],
+    hints=[
+        "Without YaRN it is qk_head_dim ** -0.5, with N + R as the width.",
+        "m = 0.1 * mscale_all_dim * ln(factor) + 1 multiplies the query AND the key.",
+    ],
+    difficulty=2,
+    importance=3,
+    minutes=5,
+    lines=2,
+    mutants=[
+        Mutant(
+            "no YaRN",
+            lambda qk_head_dim, factor, mscale_all_dim: qk_head_dim**-0.5,
+            "YaRN's temperature is missing: m depends on factor and mscale_all_dim.",
+        ),
+        Mutant(
+            "m once",
+            lambda d, factor, mscale_all_dim: d**-0.5 * _growth(factor, mscale_all_dim),
+            "m is applied once; it multiplies the query and the key, so the score twice.",
+        ),
+        Mutant(
+            "log10",
+            lambda d, factor, m: d**-0.5 * (0.1 * m * math.log10(factor) + 1) ** 2,
+            "The logarithm has base ten; YaRN's is the natural one.",
+        ),
+        Mutant(
+            "inverse",
+            lambda d, factor, m: d**-0.5 / _growth(factor, m) ** 2,
+            "m divides the scores; stretched positions flatten them, so m must sharpen.",
+        ),
+    ],
+)
+
+BUGS = {
+    "scale": "the scale is taken from the content part alone, not from N + R",
+    "mask": "the mask counts from the first cached token, so a decode step sees one token only",
+    "fill": "hidden scores are set to 0, which the softmax still gives weight; -inf gives none",
+}
+
+
+def buggy(*kept: str):
+    """`latent_attention` with some of BUGS left in."""
+
+    def attention(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
+        keys = torch.einsum("btc,hnc->bthn", c_kv, w_uk)
+        values = torch.einsum("btc,hvc->bthv", c_kv, w_uv)
+        scores = torch.einsum("bshn,bthn->bhst", q_nope, keys)
+        scores = scores + torch.einsum("bshr,btr->bhst", q_rope, k_rope)
+        s, t = scores.shape[-2:]
+        width = q_nope.shape[-1] + (0 if "scale" in kept else q_rope.shape[-1])
+        offset = 0 if "mask" in kept else t - s
+        seen = torch.ones(s, t, dtype=torch.bool).tril(offset)
+        hidden = 0.0 if "fill" in kept else -math.inf
+        probs = (scores * width**-0.5).masked_fill(~seen, hidden).softmax(dim=-1)
+        return torch.einsum("bhst,bthv->bshv", probs, values)
+
+    return attention
+
+
+def _remaining(kept: tuple[str, ...]) -> Mutant:
+    count = {1: "One bug is", 2: "Two bugs are", 3: "All three bugs are"}[len(kept)]
+    return Mutant(" and ".join(kept), buggy(*kept), f"{count} left. One: {BUGS[kept[0]]}.")
+
+
+def _attention_case(seed: int, s: int, t: int):
+    shapes = (2, s, 3, 6), (2, s, 3, 4), (2, t, 10), (2, t, 4), (3, 6, 10), (3, 5, 10)
+    return lambda: randn(seed, *shapes)
+
+
+def _rotated_latent(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> Tensor:
+    return buggy()(q_nope, q_rope * 0, c_kv, k_rope, w_uk, w_uv)
+
+
+FIND_THE_BUG = Exercise(
+    name="attention.find_the_bug",
+    reference="dsv3_tutorial.attention.mla:latent_attention",
+    cases=[
+        Case("prefill, S = T", _attention_case(0, 5, 5)),
+        Case("decode, S = 1", _attention_case(1, 1, 6)),
+        Case("two new tokens", _attention_case(2, 2, 7), hidden=True),
+    ],
+    hints=[
+        "Try it with one query and many cached tokens: which of them may it see?",
+        "How wide is the vector whose dot products are scaled?",
+        "What does softmax do with a score of 0?",
+    ],
+    difficulty=4,
+    importance=4,
+    minutes=12,
+    lines=3,
+    mutants=[
+        _remaining(("scale", "mask", "fill")),
+        *(_remaining(pair) for pair in (("scale", "mask"), ("scale", "fill"), ("mask", "fill"))),
+        *(_remaining((bug,)) for bug in BUGS),
+        Mutant("no position", _rotated_latent, "The position part of the scores is gone."),
+    ],
+    needs=("torch", "math"),
+)
+
+EXERCISES = [SOFTMAX_SCALE, FIND_THE_BUG]

@@ -1,0 +1,303 @@
+import ast
+import inspect
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_tutorial.attention import mla, rope
+from dsv3_tutorial.attention.cache import Cache, CacheError, FullCache, LatentCache
+from dsv3_tutorial.attention.mla import (
+    MLA,
+    absorb_query,
+    absorbed_scores,
+    absorbed_values,
+    compress,
+    expanded_scores,
+    expanded_values,
+    expansion_pays_from,
+)
+from dsv3_tutorial.attention.rope import rotate_pairs, rotation_table
+from dsv3_tutorial.config import ConfigError, ModelConfig, RopeScaling
+
+F64 = torch.float64
+YARN = RopeScaling("yarn", 40.0, 64, mscale=1.0, mscale_all_dim=1.0)
+WAYS = [(LatentCache, None), (LatentCache, False), (LatentCache, True), (FullCache, None)]
+
+
+def config(heads=3, rank=12, rope_dim=4, nope=6, value=5, **changes):
+    sizes = (16, 24, 16, 1, heads)
+    latent = {"kv_lora_rank": rank, "qk_rope_head_dim": rope_dim, "qk_nope_head_dim": nope}
+    return ModelConfig(*sizes, **latent, v_head_dim=value, **changes)
+
+
+def draw(*shape, dtype=F64, seed=0):
+    return torch.randn(*shape, generator=torch.manual_seed(seed), dtype=dtype)
+
+
+def close(got, wanted, tolerance):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+def through(layer, cfg, x, kind, absorb, cuts):
+    """The layer's output when it is given x piece by piece over a cache of `kind`."""
+    cache = kind.for_config(cfg, len(x), x.shape[1], dtype=x.dtype)
+    pieces = x.tensor_split(cuts, dim=1)
+    return torch.cat([layer(piece, cache, absorb) for piece in pieces], dim=1)
+
+
+sizes = st.integers(1, 5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(*[sizes] * 7, st.integers(1, 4))
+def test_absorbed_scores_and_values_are_the_expanded_ones(b, s, t, h, n, v, c, half_r):
+    q_nope, q_rope = draw(b, s, h, n), draw(b, s, h, 2 * half_r, seed=1)
+    c_kv, k_rope = draw(b, t, c, seed=2), draw(b, t, 2 * half_r, seed=3)
+    w_uk, w_uv = draw(h, n, c, seed=4), draw(h, v, c, seed=5)
+    parts = q_nope, q_rope, c_kv, k_rope, w_uk
+    scores = expanded_scores(*parts)
+    assert scores.shape == (b, h, s, t)
+    close(absorbed_scores(*parts), scores, 1e-12)
+    probs = scores.softmax(-1)
+    values = expanded_values(probs, c_kv, w_uv)
+    assert values.shape == (b, s, h, v)
+    close(absorbed_values(probs, c_kv, w_uv), values, 1e-12)
+
+
+def test_the_scores_are_the_equation_written_out():
+    q_nope, q_rope, c_kv, k_rope = draw(1, 2, 3, 4), draw(1, 2, 3, 2), draw(1, 5, 6), draw(1, 5, 2)
+    w_uk = draw(3, 4, 6)
+    key = w_uk[2] @ c_kv[0, 4]
+    wanted = q_nope[0, 1, 2] @ key + q_rope[0, 1, 2] @ k_rope[0, 4]
+    close(expanded_scores(q_nope, q_rope, c_kv, k_rope, w_uk)[0, 2, 1, 4], wanted, 1e-12)
+    close(absorb_query(q_nope, w_uk)[0, 1, 2], w_uk[2].T @ q_nope[0, 1, 2], 1e-12)
+
+
+def test_the_latent_is_normalised_and_the_shared_key_is_not():
+    x, weight, scale = draw(2, 5, 7), draw(6 + 4, 7), draw(6, seed=1)
+    c_kv, k_rope = compress(x, weight, scale)
+    latent = x @ weight[:6].T
+    rms = latent.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+    close(c_kv, latent / rms * scale, 1e-12)
+    close(k_rope, x @ weight[6:].T, 1e-12)
+    shifted = compress(x, weight, scale, bias=torch.ones(10, dtype=F64))[1]
+    close(shifted, k_rope + 1, 1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    heads=sizes,
+    rank=st.integers(1, 9),
+    half_rope=st.integers(1, 4),
+    nope=sizes,
+    value=sizes,
+    q_rank=st.none() | st.integers(1, 9),
+    cuts=st.sets(st.integers(1, 6), max_size=6),
+    way=st.sampled_from(WAYS),
+    scaled=st.booleans(),
+)
+def test_every_way_over_every_split_of_the_text_is_the_same_function(
+    heads, rank, half_rope, nope, value, q_rank, cuts, way, scaled
+):
+    changes = {"q_lora_rank": q_rank, "rope_scaling": YARN if scaled else None}
+    cfg = config(heads, rank, 2 * half_rope, nope, value, **changes)
+    layer, x = MLA(cfg).double(), draw(2, 7, cfg.hidden_size)
+    with torch.no_grad():
+        whole = layer(x, absorb=False)
+        close(layer(x), whole, 1e-12)
+        close(layer(x, absorb=True), whole, 1e-12)
+        close(through(layer, cfg, x, *way, sorted(cuts)), whole, 1e-12)
+
+
+# Worst |difference| from the float64 output of the same weights, outputs being about 1 in size.
+# Half an ulp at 1 is 6e-8 and 4e-3; the rest is what rounding of q, latent and probabilities adds.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("kind, absorb", WAYS)
+def test_lower_precision_stays_within_its_tolerance(dtype, tolerance, kind, absorb):
+    cfg = config(heads=4, rank=64, rope_dim=16, nope=32, value=32, q_lora_rank=48)
+    layer = MLA(cfg).to(dtype)
+    x = draw(2, 32, cfg.hidden_size).to(dtype)
+    exact = MLA(cfg).double()
+    exact.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        wanted = exact(x.double())
+        got = through(layer, cfg, x, kind, absorb, [24, 25, 30])
+    scale = wanted.abs().max()
+    assert got.dtype == dtype
+    close(got.double() / scale, wanted / scale, tolerance)
+    assert not torch.equal(got.double(), wanted)
+
+
+@pytest.mark.parametrize("kind, absorb", WAYS)
+def test_sequences_of_different_length_decode_as_if_alone(kind, absorb):
+    cfg = config()
+    layer, x = MLA(cfg).double(), draw(3, 9, cfg.hidden_size)
+    cache = kind.for_config(cfg, 3, 9, dtype=F64)
+    with torch.no_grad():
+        layer(x[:, :6], cache, absorb)  # the padding of the shorter ones is their own later text
+        cache.trim([6, 1, 4])
+        new = torch.stack([x[0, 6:9], x[1, 1:4], x[2, 4:7]])
+        steps = [layer(new[:, :1], cache, absorb), layer(new[:, 1:], cache, absorb)]
+        got, whole = torch.cat(steps, 1), layer(x)
+    close(got, torch.stack([whole[0, 6:9], whole[1, 1:4], whole[2, 4:7]]), 1e-12)
+
+
+@pytest.mark.parametrize("absorb", [None, False, True])
+def test_gradients_are_the_same_absorbed_or_not(absorb):
+    cfg = config(q_lora_rank=8)
+    layer, x = MLA(cfg).double(), draw(2, 6, cfg.hidden_size)
+
+    def gradients(way):
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        layer(inputs, absorb=way).square().sum().backward()
+        return [inputs.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    for got, wanted in zip(gradients(absorb), gradients(False), strict=True):
+        assert wanted.abs().max() > 0
+        close(got, wanted, 1e-12)
+
+
+def test_a_long_prefill_expands_and_a_short_one_absorbs(monkeypatch):
+    cfg = config(rank=8, nope=6, value=6)
+    assert expansion_pays_from(cfg) == 8 * 12 / 4 == 24
+    layer, decoded = MLA(cfg).double(), []
+    real = mla.latent_decode
+    monkeypatch.setattr(
+        mla, "latent_decode", lambda q, *rest: decoded.append(q.shape[1]) or real(q, *rest)
+    )
+    x = draw(1, 60, cfg.hidden_size)
+    with torch.no_grad():
+        got = through(layer, cfg, x, LatentCache, None, [24, 47, 48])
+        close(got, layer(x), 1e-12)
+    assert decoded == [23, 1, 12]  # 24 at first went through whole heads
+
+
+def test_deepseek_v3_expands_from_171_queries():
+    v3 = config(heads=128, rank=512, rope_dim=64, nope=128, value=128)
+    assert 170 < expansion_pays_from(v3) < 171
+    assert expansion_pays_from(config(rank=4, nope=6, value=6)) == float("inf")
+
+
+def test_a_latent_cache_of_a_running_layer_holds_only_its_claim():
+    cfg = config()
+    layer, cache = MLA(cfg), LatentCache.for_config(cfg, 2, 50)
+    with torch.no_grad():
+        layer(draw(2, 50, cfg.hidden_size, dtype=torch.float32), cache)
+    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held_tensors(cache)}
+    kept = sum(storage.nbytes() for storage in tensors.values()) - 2 * 2 * 8  # lengths and rows
+    assert kept == cache.nbytes == 2 * 50 * (12 + 4) * 4
+
+
+def held_tensors(cache):
+    for value in vars(cache).values():
+        yield from (
+            v for v in (value if isinstance(value, tuple) else (value,)) if hasattr(v, "dim")
+        )
+
+
+def test_the_up_weights_are_views_of_the_one_weight():
+    layer = MLA(config())
+    w_uk, w_uv = layer.up_weights()
+    assert w_uk.shape == (3, 6, 12) and w_uv.shape == (3, 5, 12)
+    storage = layer.kv_b_proj.weight.untyped_storage().data_ptr()
+    assert w_uk.untyped_storage().data_ptr() == w_uv.untyped_storage().data_ptr() == storage
+
+
+def test_positions_on_the_latent_block_absorption():
+    """Rotate the latent's keys and W_UK can no longer move to the query: the error is the signal.
+
+    k_t = Rot(t) W_UK c_t has its rotation between W_UK and c_t. Absorbing as if the rotation could
+    be done on the latent instead is right where nothing turns, and worthless otherwise.
+    """
+    heads, n, c, tokens = 4, 16, 16, 64
+    q, c_kv, w_uk = draw(1, tokens, heads, n), draw(1, tokens, c, seed=1), draw(heads, n, c, seed=2)
+    cfg = config(rope_dim=n)
+
+    def error(positions):
+        cos, sin = rotation_table(cfg, positions, dtype=F64)
+        turned_q = rotate_pairs(q, cos, sin)
+        keys = rotate_pairs(torch.einsum("btc,hnc->bthn", c_kv, w_uk), cos, sin)
+        true = torch.einsum("bshn,bthn->bhst", turned_q, keys)
+        turned_c = rotate_pairs(c_kv[:, :, None], cos, sin)[:, :, 0]
+        absorbed = torch.einsum("bshc,btc->bhst", absorb_query(turned_q, w_uk), turned_c)
+        return ((absorbed - true).norm() / true.norm()).item()
+
+    assert error(torch.zeros(tokens, dtype=torch.int64)) < 1e-12
+    assert error(torch.arange(tokens)) == pytest.approx(WRONG_BY, abs=0.005)
+
+
+WRONG_BY = 1.0
+
+
+def test_yarns_temperature_reaches_the_scores():
+    plain, scaled = config(), config(rope_scaling=YARN)
+    assert scaled.softmax_scale / plain.softmax_scale == pytest.approx(1.8744, abs=1e-4)
+    layer, other, x = MLA(plain).double(), MLA(scaled).double(), draw(1, 1, 24)
+    other.load_state_dict(layer.state_dict())
+    close(layer(x), other(x), 1e-12)  # one token attends to itself, whatever the scale
+    x = draw(1, 6, 24)
+    assert not torch.allclose(layer(x), other(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("absorb", [None, False, True])
+def test_torch_compile_keeps_the_layer_whole(absorb):
+    cfg = config()
+    layer, x = MLA(cfg).double(), draw(2, 6, cfg.hidden_size)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    close(compiled(x, absorb=absorb), layer(x), 1e-12)
+
+
+REFERENCES = [
+    *(rope.rotate_pairs, rope.rotate_halves, compress, absorb_query),
+    *(expanded_scores, absorbed_scores, expanded_values, absorbed_values),
+]
+
+
+@pytest.mark.parametrize("function", REFERENCES, ids=lambda f: f.__name__)
+def test_what_learners_write_stands_alone_in_fifteen_lines(function):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    body = tree.body[1:]  # after the docstring
+    assert body[-1].end_lineno - body[0].lineno < 15
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert names.isdisjoint(f.__name__ for f in REFERENCES)
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_the_class_runs_the_very_functions_that_learners_write(monkeypatch, absorb):
+    called = []
+    for function in REFERENCES[2:]:
+        name = function.__name__
+        spied = lambda *a, _f=function: called.append(_f.__name__) or _f(*a)  # noqa: E731
+        monkeypatch.setattr(mla, name, spied)
+    cfg = config()
+    MLA(cfg).double()(draw(1, 4, cfg.hidden_size), absorb=absorb)
+    kind = "absorbed" if absorb else "expanded"
+    assert called == ["compress", f"{kind}_scores", f"{kind}_values"]
+
+
+def test_what_is_not_mla_is_refused():
+    with pytest.raises(ConfigError, match="this config is not MLA"):
+        MLA(ModelConfig(16, 64, 16, 1, 8, model_type="llama"))
+    cfg = config()
+    layer = MLA(cfg)
+    with pytest.raises(ValueError, match=r"\(2, 5, 23\).*cannot be"):
+        layer(torch.zeros(2, 5, 23))
+    with pytest.raises(CacheError, match="got a Cache.*Use LatentCache"):
+        layer(torch.zeros(1, 1, 24), Cache(1, 4, (16,)))
+
+
+def test_a_cache_too_small_or_of_another_model_is_refused():
+    cfg = config()
+    layer, x = MLA(cfg), torch.zeros(2, 5, 24)
+    with pytest.raises(CacheError, match="full: 0 tokens held, 5 more, room for 4"):
+        layer(x, LatentCache.for_config(cfg, 2, 4))
+    with pytest.raises(CacheError, match="Got"):
+        layer(x, LatentCache.for_config(config(rank=13), 2, 8))
+    with pytest.raises(CacheError, match="Got"):
+        layer(x, LatentCache.for_config(cfg, 1, 8))
+    with pytest.raises(CacheError, match="bfloat16"):
+        layer(x, FullCache.for_config(cfg, 2, 8, dtype=torch.bfloat16))
