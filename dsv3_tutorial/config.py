@@ -140,19 +140,15 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """1 / sqrt(qk_head_dim), times YaRN's temperature squared if `mscale_all_dim` is set.
-
-        YaRN stretches positions, which flattens the scores; m = 0.1 mscale_all_dim ln(factor) + 1
-        multiplies query and key to sharpen them again (arXiv 2309.00071, section 3.4).
-        """
+        """What scores are multiplied by before the softmax, YaRN's temperature included."""
         # DeepSeek's modelling code for V2 and V3 does this, and so do transformers' V3 and, since
         # its pull request 47435 of July 2026, V2: before it transformers gave V2 no temperature.
         # DeepSeek's inference code takes `mscale` instead, and only past the original length; in
         # every published config the two fields are equal.
-        scale, rope = self.qk_head_dim**-0.5, self.rope_scaling
+        rope = self.rope_scaling
         if not self.is_mla or rope is None or rope.rope_type != "yarn" or not rope.mscale_all_dim:
-            return scale
-        return scale * (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+            return self.qk_head_dim**-0.5
+        return yarn_softmax_scale(self.qk_head_dim, rope.factor, rope.mscale_all_dim)
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.n_routed_experts is not None and layer >= self.first_k_dense_replace
@@ -206,6 +202,16 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as Hugging Face writes it: `from_dict` reads it back to an equal config."""
         return huggingface.write(self)
+
+
+def yarn_softmax_scale(qk_head_dim: int, factor: float, mscale_all_dim: float) -> float:
+    """1 / sqrt(qk_head_dim), times YaRN's temperature squared.
+
+    YaRN stretches positions, which flattens the scores; m = 0.1 mscale_all_dim ln(factor) + 1
+    multiplies query and key to sharpen them again (arXiv 2309.00071, section 3.4).
+    """
+    temperature = 0.1 * mscale_all_dim * math.log(factor) + 1.0
+    return qk_head_dim**-0.5 * temperature**2
 
 
 def preset_names() -> list[str]:

@@ -1,7 +1,7 @@
 """Where the course's data lies, and how a file is written so that it is never half there."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -17,13 +17,13 @@ def data_path(*parts: str) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Write text to path so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:  # mode as any new file's, not 0600
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

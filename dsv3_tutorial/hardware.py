@@ -27,7 +27,7 @@ class HardwareError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a number is from. confidence: published by the maker, a paper, third-party, measured."""
+    """Where a number is from. confidence: published by its maker, paper, third-party, measured."""
 
     cite: str
     confidence: str

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -58,8 +59,7 @@ class Receipt:
             do = "Mend the fields named; benchmarks take most of them from bench.machine.here()."
             raise ReceiptError("This receipt cannot be kept", problems, why, do)
         for name in ("versions", "shapes", "spread"):  # held as the file holds it: tuples are lists
-            held = json.loads(json.dumps(dict(getattr(self, name))))
-            object.__setattr__(self, name, held)
+            object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
 
 
 def read(name: str, *, folder: Path | None = None, **filters: Any) -> list[Receipt]:
@@ -74,10 +74,9 @@ def read(name: str, *, folder: Path | None = None, **filters: Any) -> list[Recei
     known = {f.name for f in fields(Receipt)}.union(*(receipt.shapes for receipt in found))
     problems = [f"{key!r}, which no receipt has" for key in sorted(set(filters) - known)]
     if problems and found:
-        why = "Such a filter would leave nothing, and an empty figure looks like a finding."
+        why = "The filter would leave nothing, and an empty figure looks like a finding."
         raise ReceiptError(f"{path} was asked for", problems, why, f"Choose from {sorted(known)}.")
-    wanted = filters.items()
-    return [r for r in found if wanted <= {**r.shapes, **asdict(r)}.items()]
+    return [r for r in found if filters.items() <= {**r.shapes, **asdict(r)}.items()]
 
 
 def latest(name: str, *, folder: Path | None = None, **filters: Any) -> list[Receipt]:
@@ -86,11 +85,10 @@ def latest(name: str, *, folder: Path | None = None, **filters: Any) -> list[Rec
     On the same day the later line is the newer. The order is that in which each was first measured.
     """
     newest: dict[str, Receipt] = {}
-    for receipt in read(name, folder=folder, **filters):
-        parts = (receipt.what, receipt.device, receipt.threads, receipt.unit, receipt.shapes)
-        key = json.dumps(parts, sort_keys=True)
-        if key not in newest or receipt.date >= newest[key].date:
-            newest[key] = receipt
+    for r in read(name, folder=folder, **filters):
+        key = json.dumps([r.what, r.device, r.threads, r.unit, r.shapes], sort_keys=True)
+        if key not in newest or r.date >= newest[key].date:
+            newest[key] = r
     return list(newest.values())
 
 
@@ -123,8 +121,7 @@ def names(folder: Path | None = None) -> list[str]:
 def caption(receipts: Iterable[Receipt]) -> str:
     """What stands under a figure: "NVIDIA H100 80GB HBM3, 2026-11-21, torch 2.11".
 
-    A CPU carries its thread count; several devices are parted by semicolons; several days are a
-    range. No receipts give "not measured yet".
+    A CPU carries its thread count. Devices are parted by semicolons. None: "not measured yet".
     """
     groups: dict[str, list[Receipt]] = {}
     for receipt in receipts:
@@ -136,8 +133,8 @@ def caption(receipts: Iterable[Receipt]) -> str:
 
 
 def _days(group: list[Receipt]) -> str:
-    first, last = min(r.date for r in group), max(r.date for r in group)
-    return first if first == last else f"{first} to {last}"
+    days = sorted({receipt.date for receipt in group})
+    return " to ".join(dict.fromkeys([days[0], days[-1]]))
 
 
 def _torch(group: list[Receipt]) -> str:
@@ -148,7 +145,7 @@ def _torch(group: list[Receipt]) -> str:
 
 def _path(name: str, folder: Path | None) -> Path:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        why = "A benchmark's name is its file's name under data/measured."
+        why = "It is a file's name under data/measured."
         do = "Use lower-case letters, digits, '-' and '_'."
         raise ReceiptError(f"{name!r} is no name for a benchmark", [], why, do)
     return (folder or data_path("measured")) / f"{name}.jsonl"
@@ -174,7 +171,7 @@ def _parse(line: str, path: Path, number: int) -> Receipt:
         problems = error.problems
     except (ValueError, RecursionError) as error:
         problems = [f"not JSON: {error}"]
-    why = "A figure drawn from the rest would leave out a measurement without saying so."
+    why = "A figure of the rest would leave a measurement out and not say so."
     do = "Restore the line from version control, or remove it and measure again."
     raise ReceiptError(f"{path}, line {number} is damaged", problems, why, do) from None
 
@@ -182,18 +179,17 @@ def _parse(line: str, path: Path, number: int) -> Receipt:
 def _row_problems(row: Any) -> list[str]:
     if not isinstance(row, dict):
         return [f"a receipt is an object of fields, got a {type(row).__name__}"]
-    known = {f.name for f in fields(Receipt)}
-    required = [f.name for f in fields(Receipt) if f.default is MISSING]
-    missing = [f"{name} is missing" for name in required if name not in row]
-    return missing + [f"{name!r} is not a field" for name in row if name not in known]
+    required = {f.name: f.default is MISSING for f in fields(Receipt)}
+    missing = [f"{name} is missing" for name, need in required.items() if need and name not in row]
+    return missing + [f"{name!r} is not a field" for name in row if name not in required]
 
 
 def _problems(r: Receipt) -> list[str]:
     texts = {"what": r.what, "device": r.device, "unit": r.unit}
+    counts = {"repeats": r.repeats, "threads": r.threads}
     found = [f"{name} must be text, got {it!r}" for name, it in texts.items() if not _text(it)]
-    for name, it in {"repeats": r.repeats, "threads": r.threads}.items():
-        if type(it) is not int or it < 1:
-            found.append(f"{name} must be a whole number of at least 1, got {it!r}")
+    wrong = [(name, it) for name, it in counts.items() if type(it) is not int or it < 1]
+    found += [f"{name} must be a whole number of at least 1, got {it!r}" for name, it in wrong]
     if r.device_kind not in DEVICE_KINDS:
         found.append(f"device_kind must be one of {DEVICE_KINDS}, got {r.device_kind!r}")
     if not _is_day(r.date):
@@ -204,11 +200,8 @@ def _problems(r: Receipt) -> list[str]:
 def _version_problems(r: Receipt) -> list[str]:
     if not isinstance(r.versions, Mapping) or not r.versions:
         return [f"versions must name the libraries that ran, got {r.versions!r}"]
-    found = [
-        f"versions[{name!r}] must be text, got {version!r}"
-        for name, version in r.versions.items()
-        if not (_text(name) and _text(version))
-    ]
+    bad = [(name, it) for name, it in r.versions.items() if not (_text(name) and _text(it))]
+    found = [f"versions[{name!r}] must be text, got {it!r}" for name, it in bad]
     python = r.versions.get("python", "3.11")
     if _text(python) and not re.fullmatch(r"\d+\.\d+", python):
         found.append(f"versions['python'] goes without its patch version, got {python!r}")
@@ -218,11 +211,13 @@ def _version_problems(r: Receipt) -> list[str]:
 def _shape_problems(r: Receipt) -> list[str]:
     if not isinstance(r.shapes, Mapping) or not all(_text(name) for name in r.shapes):
         return [f"shapes must be a dictionary with text keys, got {r.shapes!r}"]
+    taken = {"name", "folder", *(f.name for f in fields(Receipt))} & set(r.shapes)
+    found = [f"shapes[{name!r}] would be hidden from filters: rename" for name in sorted(taken)]
     try:
         json.dumps(dict(r.shapes), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        return [f"shapes must be plain JSON values: {error}"]
-    return []
+        found.append(f"shapes must be plain JSON values: {error}")
+    return found
 
 
 def _number_problems(r: Receipt) -> list[str]:
@@ -236,9 +231,7 @@ def _number_problems(r: Receipt) -> list[str]:
     if (r.ceiling is None) != (r.fraction is None):
         found.append("ceiling and fraction belong together: give both or neither")
     elif r.ceiling is not None and not (_text(r.ceiling) and _number(r.fraction)):
-        found.append(
-            f"ceiling must be text and fraction a number, got {r.ceiling!r}, {r.fraction!r}"
-        )
+        found.append(f"ceiling is text, fraction a number, got {r.ceiling!r}, {r.fraction!r}")
     return found
 
 
@@ -252,7 +245,6 @@ def _number(value: Any) -> bool:
 
 
 def _is_day(value: Any) -> bool:
-    try:
+    with suppress(TypeError, ValueError):
         return date.fromisoformat(value).isoformat() == value
-    except (TypeError, ValueError):
-        return False
+    return False

@@ -18,6 +18,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from outputs import plain
+from rules import outputs_leak_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE_LIMIT = 500_000  # bytes: a page that still renders on the web
@@ -40,6 +41,8 @@ def read_source(path: Path) -> nbformat.NotebookNode:
     problems, seen = [], set()
     for cell in notebook.cells:
         name = cell.metadata.pop("id", None)
+        for spacing in ("lines_to_next_cell", "lines_to_end_of_cell_marker"):
+            cell.metadata.pop(spacing, None)  # how the source is formatted, no part of the lesson
         at = f"the cell that begins {cell.source.strip()[:40]!r}"
         if name is None:
             problems.append(f'{at} has no id: write one in its header, # %% id="a-name"')
@@ -100,6 +103,7 @@ def execute(
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
     with tempfile.TemporaryDirectory(prefix="dsv3-home-") as home:
@@ -144,6 +148,11 @@ def build(source: Path, target: Path, live: bool = False) -> list[str]:
     notebook = read_source(source)
     old = nbformat.read(target, as_version=4) if target.exists() else None
     execute(notebook, target.parent, live)
+    if leaks := list(outputs_leak_nothing(notebook)):
+        raise BuildError(
+            f"{target.name} would differ from build to build, and the lesson stays as it was:\n  "
+            + "\n  ".join(leaks)
+        )
     short = [] if live else keep_live_outputs(notebook, old)
     write(notebook, target)
     return short

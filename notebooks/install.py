@@ -34,7 +34,10 @@ class SetupError(SystemExit):
 def cuda_torch(python: str) -> bool:
     """Whether this Python has a CUDA build of torch that the course can use as it is."""
     ask = "import torch; print(torch.__version__); print(torch.version.cuda or '')"
-    answer = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    try:
+        answer = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    except OSError:
+        return False
     lines = answer.stdout.splitlines()
     if answer.returncode or len(lines) < 2 or not lines[1]:
         return False

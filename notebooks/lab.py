@@ -15,6 +15,7 @@ from pathlib import Path
 from install import Environment, SetupError, set_up
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORT_LINTER = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 FIRST_LESSON = "00_start_here.ipynb"
 # The proofs run the lessons on one thread, the build ran them on two: nothing compared may depend
 # on it. One thread also stays graceful on a busy machine.
@@ -116,8 +117,7 @@ def lint(environment: Environment, options: argparse.Namespace) -> int:
     set_up(environment, dev=True)
     worst = run(environment, "-m", "ruff", "check", ".")
     worst |= run(environment, "-m", "ruff", "format", "--check", ".")
-    imports = "from importlinter.cli import lint_imports_command; lint_imports_command()"
-    return worst | run(environment, "-c", imports)
+    return worst | run(environment, "-c", IMPORT_LINTER)
 
 
 def build(environment: Environment, options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def test_forcing_triton_on_an_old_device_names_both_capabilities(capability):
 
 
 def test_forcing_triton_on_a_cpu_says_why_and_what_to_do(no_interpreter):
-    with pytest.raises(BackendError, match="cannot run here: .*Pass backend='reference'"):
+    with pytest.raises(BackendError, match=r"cannot run here: .*Pass backend='reference'"):
         pick(torch.zeros(1), "triton")
 
 
@@ -67,7 +67,7 @@ def test_the_interpreter_lets_triton_be_forced_on_a_cpu(triton_interpreter):
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match="'cuda' does not exist.*'triton', 'reference'"):
+    with pytest.raises(ValueError, match=r"'cuda' does not exist.*'triton', 'reference'"):
         pick(torch.zeros(1), "cuda")
 
 

@@ -82,6 +82,14 @@ def test_a_bug_keeps_its_traceback(bench, error):
         cli.main(["bench"])
 
 
+def test_a_bug_in_our_own_code_keeps_its_traceback_too(bench):
+    from dsv3_tutorial.bench import machine
+
+    bench(lambda: machine._product("fp3", 4, None))
+    with pytest.raises(KeyError, match="fp3"):
+        cli.main(["bench"])
+
+
 def test_bench_hands_its_folder_on_and_runs_what_was_named(bench):
     calls = bench()
     assert cli.main(["bench"]) == 0

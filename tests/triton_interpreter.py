@@ -3,7 +3,8 @@
 As shipped (Triton 3.6 to 3.9), it truncates float32 to BF16, loses the mantissa's carry and the
 subnormals on the way to FP8, and multiplies the bit patterns of BF16 operands in `tl.dot`. PyTorch
 rounds all of them right, so its casts are put in their place. Elementwise arithmetic on BF16 stays
-wrong: a kernel must go through float32 for it. Needs numpy < 2.4 with Triton 3.6.0.
+wrong: a kernel must go through float32 for it. A loop bound known at run time only is also mended:
+it is an array of one element, which numpy makes no integer of any more.
 """
 
 import numpy as np
@@ -22,12 +23,14 @@ TYPES = {
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torch's side of a view
 _as_shipped = interpreter._convert_float
+_patch_as_shipped = interpreter._patch_lang_tensor
 
 
 def install() -> None:
     """Put the corrected conversions in place, for every kernel interpreted from now on."""
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def convert(values: np.ndarray, source, target, rounding=None) -> np.ndarray:
@@ -52,6 +55,12 @@ def dot(builder, a, b, accumulator, input_precision, max_num_imprecise_acc):
     wide = accumulator.data.dtype
     product = np.matmul(_widened(a, wide), _widened(b, wide))
     return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
+
+def patch_tensor(tensor, scope) -> None:
+    """As shipped, save that a scalar becomes an integer (a loop's bound) under any numpy."""
+    _patch_as_shipped(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 def _widened(handle, wide: np.dtype) -> np.ndarray:

@@ -32,11 +32,12 @@ class Cache:
                 "empty side, so nothing could be stored. Every size must be 1 or more."
             )
         self.batch, self.capacity = batch, capacity
-        # Zeros: a slot beyond a short sequence's end has probability 0, and 0 times NaN is NaN.
-        self.parts = tuple(torch.zeros(batch, capacity, *shape, **where) for shape in shapes)
-        device = self.parts[0].device
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
+        with torch.inference_mode(False):  # or it could be written to in inference mode only
+            # Zeros: a slot beyond a short sequence has probability 0, and 0 times NaN is NaN.
+            self.parts = tuple(torch.zeros(batch, capacity, *shape, **where) for shape in shapes)
+            device = self.parts[0].device
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
         self.shortest = self.longest = 0
 
     @property

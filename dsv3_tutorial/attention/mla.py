@@ -108,6 +108,25 @@ def probabilities(scores: Tensor, scale: float, mask: Tensor) -> Tensor:
     return scores.softmax(dim=-1, dtype=dtype).to(scores.dtype)
 
 
+def latent_attention(
+    q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor
+) -> Tensor:
+    """The whole of causal attention over latents as equations 1 to 11 stand, to read and to test.
+
+    q_nope (B, S, H, N), q_rope (B, S, H, R), c_kv (B, T, C), k_rope (B, T, R), w_uk (H, N, C),
+    w_uv (H, V, C) -> (B, S, H, V). The S queries are the last of the T tokens; no YaRN.
+    """
+    k_nope = torch.einsum("btc,hnc->bthn", c_kv, w_uk)
+    values = torch.einsum("btc,hvc->bthv", c_kv, w_uv)
+    scores = torch.einsum("bshn,bthn->bhst", q_nope, k_nope)
+    scores = scores + torch.einsum("bshr,btr->bhst", q_rope, k_rope)
+    scores = scores * (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
+    s, t = scores.shape[-2:]
+    seen = torch.ones(s, t, dtype=torch.bool, device=scores.device).tril(t - s)
+    probs = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    return torch.einsum("bhst,bthv->bshv", probs, values)
+
+
 def expansion_pays_from(cfg: ModelConfig) -> float:
     """How many queries at once make re-expanding the latent cheaper than absorbing, in arithmetic.
 
@@ -128,8 +147,8 @@ class MLA(nn.Module):
       False  keys and values rebuilt from the latent, as the equations stand.
       True   never rebuilt.
     With a LatentCache or a FullCache, x continues each sequence where the cache ends. A FullCache
-    keeps the expanded heads themselves: less arithmetic a step, H (N + R + V) / (C + R) times the
-    bytes. `backend` forces one side of the decode kernel (`attention.decode`).
+    keeps the expanded heads themselves, whatever `absorb`: less arithmetic a step, H (N + R + V) /
+    (C + R) times the bytes. `backend` forces one side of the decode kernel (`attention.decode`).
     """
 
     def __init__(self, cfg: ModelConfig, absorb: bool | None = None, backend: str | None = None):

@@ -182,9 +182,11 @@ def attend_kernel(
         best = new_best
 
     part = (batch * n_splits + split) * n_rows
-    lse = tl.where(total > 0.0, best + tl.log2(total), float("-inf"))
+    filled = total > 0.0
+    total = tl.where(filled, total, 1.0)
+    lse = tl.where(filled, best + tl.log2(total), float("-inf"))
     tl.store(lse_ptr + part + row, lse, mask=row_ok)
-    acc *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    acc *= (1.0 / total)[:, None]
     place = out_ptr + part * C + (row[:, None] * C + col_c[None, :])
     out_ok = row_ok[:, None] & (col_c < C)[None, :]
     tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=out_ok)

@@ -235,6 +235,6 @@ def _memory(place: torch.device) -> tuple[int, int]:
 
 
 def _buffer_bytes(memory: int, cache: int) -> int:
-    """A copy's buffer: at least twice the cache, so that nothing survives there."""
-    wanted = -(-max(2 * cache, 2**26) // _SMALLEST) * _SMALLEST
+    """A copy's buffer: four times the cache where memory allows, so that none of it stays there."""
+    wanted = -(-max(4 * cache, 2**26) // _SMALLEST) * _SMALLEST
     return min(wanted, _LARGEST, max(memory // 16 // _SMALLEST, 1) * _SMALLEST)

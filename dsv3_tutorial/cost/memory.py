@@ -34,9 +34,10 @@ def kv_cache_bytes(
 
 
 def kv_cache_bytes_expanded(cfg: ModelConfig, bytes_per_element: float = 2) -> float:
-    """Bytes a token would leave if every head's key and value were cached: V3 40,960 elements a layer.
+    """Bytes a token would leave if every head's own key and value were cached.
 
-    The base of MLA's 71x. Equal to `kv_cache_bytes_per_token` for MHA; GQA's heads are repeated.
+    The base of MLA's 71x: 40,960 elements a layer in V3 against 576. Equal to the real cache for
+    MHA; GQA's heads are repeated.
     """
     elements = cfg.num_attention_heads * (cfg.qk_head_dim + cfg.value_dim)
     return elements * cfg.num_hidden_layers * bytes_per_element

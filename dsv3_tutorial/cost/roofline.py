@@ -7,7 +7,7 @@ from dsv3_tutorial.hardware import Chip
 
 
 def time_s(flops: float, bytes: float, chip: Chip, fmt: str = "bf16") -> float:
-    """Seconds for this much arithmetic and this much traffic: max(FLOP / rate, bytes / bandwidth)."""
+    """Seconds for this much arithmetic and traffic: max(FLOP / rate, bytes / bandwidth)."""
     return max(flops / chip.rate(fmt), bytes / chip.bandwidth())
 
 

@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 SHOWN_LINES = 5
 SHOWN_WIDTH = 120
+_PATIENCE = 50  # alarms, some 50 ms, before calls are stopped as well
 _KEPT = 20_000  # characters; an endless print must not fill memory before its time is up
 
 
@@ -58,31 +59,62 @@ def _above_marker(frame: FrameType | None) -> bool:
     return False
 
 
+def _stop(*_args: Any, **_kwargs: Any) -> None:
+    raise SystemExit
+
+
 def _timed(function: Callable, args: tuple, seconds: float) -> Any:
-    state = {"armed": True, "expired": False}
+    alarms, armed, stopped, depth = 0, True, {}, sys.getrecursionlimit()
 
     def alarm(_signal: int, frame: FrameType | None) -> None:
-        if not state["armed"]:
+        nonlocal alarms
+        if not armed:
             return
-        state["expired"] = True
+        alarms += 1
         # At a random moment, or a loop of nested try and except could swallow every alarm in step.
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, 2e-3))
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, 2e-3), 0.1)
+        if alarms >= _PATIENCE and not stopped:
+            sys.setrecursionlimit(depth + 200)  # the learner's recursion may have used it up
+            try:
+                stopped.update(_stop_calls(function, frame))
+            finally:
+                sys.setrecursionlimit(depth)
         if _above_marker(frame):
             raise TimeUp
 
     handler = signal.signal(signal.SIGALRM, alarm)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         result = _inside(function, args)
     finally:
-        state["armed"] = False
+        armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        for one, code in stopped.items():
+            one.__code__ = code
         if timer[0]:
             signal.setitimer(signal.ITIMER_REAL, *timer)
-    if state["expired"]:
+    if alarms:
         raise TimeUp  # it caught every alarm and returned all the same
     return result
+
+
+def _stop_calls(function: Callable, frame: FrameType | None) -> dict[FunctionType, CodeType]:
+    """Makes every further call of the learner's own functions fail. Returns their code, to restore.
+
+    A recursion that calls itself again from its `except` would take 2^1000 alarms to unwind.
+    """
+    space = getattr(function, "__globals__", None)
+    found = [function, *(space or {}).values()]
+    while frame is not None and frame.f_code is not _inside.__code__:
+        if frame.f_globals is space:
+            found += frame.f_locals.values()
+        frame = frame.f_back
+    own = {f: f.__code__ for f in found if type(f) is FunctionType and f.__globals__ is space}
+    for one in own:
+        with contextlib.suppress(ValueError):  # a closure takes only code with as many cells
+            one.__code__ = _stop.__code__
+    return own
 
 
 class Printed(io.TextIOBase):

@@ -85,6 +85,14 @@ def test_no_gradient_flows_through_a_cache():
     assert not cache.append(new, draw(1, 2, 2)).requires_grad
 
 
+def test_a_cache_made_in_inference_mode_can_be_used_outside_it():
+    with torch.inference_mode():
+        cache = LatentCache(1, 4, 3, 2)
+        cache.append(draw(1, 2, 3), draw(1, 2, 2))
+    cache.append(draw(1, 2, 3), draw(1, 2, 2))
+    assert cache.longest == 4
+
+
 def test_a_refused_append_changes_nothing():
     cache = LatentCache(2, 4, 3, 2)
     cache.append(draw(2, 3, 3), draw(2, 3, 2))
@@ -123,5 +131,5 @@ def test_an_impossible_cache_is_refused():
     with pytest.raises(CacheError, match="empty side"):
         LatentCache(0, 8, 3, 2)
     llama = ModelConfig(16, 64, 16, 1, 8, model_type="llama")
-    with pytest.raises(CacheError, match="no latent.*Use FullCache"):
+    with pytest.raises(CacheError, match=r"no latent.*Use FullCache"):
         LatentCache.for_config(llama, 1, 8)

@@ -295,9 +295,15 @@ def test_float64_runs_the_reference_where_triton_would_be_chosen(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "limit", "held"),
-    [(1, 232_448, 16), (16, 232_448, 16), (17, 232_448, 32), (33, 232_448, 64)]
-    + [(128, 232_448, 64), (128, 166_912, 32), (128, 101_376, 16)],
-    ids=lambda value: str(value),
+    [
+        (1, 232_448, 16),
+        (16, 232_448, 16),
+        (17, 232_448, 32),
+        (33, 232_448, 64),
+        (128, 232_448, 64),
+        (128, 166_912, 32),
+        (128, 101_376, 16),
+    ],
 )
 def test_a_program_holds_as_many_rows_as_the_device_has_room_for(rows, limit, held):
     assert decode_blocks.choose_blocks(rows, 576, 2, limit).rows == held
@@ -314,7 +320,7 @@ def test_one_sequence_is_split_over_the_whole_device_and_a_full_batch_not_at_all
     slots = decode_blocks.slots_of(many, *H100)
     assert slots == 132 and decode_blocks.slots_of(few, *H100) == 264
     assert decode_blocks.slots_of(few, 108, 166_912) == 108  # an A100 holds one at a time
-    assert decode_blocks.choose_splits(2, 1024, many, slots) == 66  # 64k tokens: one full wave
+    assert decode_blocks.choose_splits(2, 1024, many, slots) == 64  # 64k tokens: one full wave
     assert decode_blocks.choose_splits(256, 64, many, slots) == 1
     assert decode_blocks.choose_splits(1, 0, many, slots) == 1
 

@@ -57,6 +57,8 @@ FORMS = {
 def compiled(hopper_compile):
     specs = {name: _attend(*form) for name, form in FORMS.items()}
     specs |= {f"combine-{splits}": _combine(splits) for splits in (64, 256)}
+    too_few_threads = HALF_BLOCKS[1]._replace(warps=4)
+    specs["spilling"] = _attend("bf16", too_few_threads, "fp32")
     return dict(zip(specs, hopper_compile(list(specs.values())), strict=True))
 
 
@@ -95,7 +97,6 @@ def test_the_combining_kernel_spills_nothing(compiled, splits):
     assert made["registers"] <= 128
 
 
-def test_a_kernel_that_does_spill_is_seen_to_spill(hopper_compile):
-    many, few = HALF_BLOCKS[1], HALF_BLOCKS[0]
-    (made,) = hopper_compile([_attend("bf16", many._replace(warps=few.warps), "fp32")])
+def test_a_kernel_that_does_spill_is_seen_to_spill(compiled):
+    made = compiled["spilling"]
     assert made["spills"] > 0 and made["stack"] > 0

@@ -121,7 +121,7 @@ def test_what_cannot_be_attended_is_refused():
         layer(torch.zeros(2, 5, 31))
     with pytest.raises(ValueError, match="batch dimension"):
         layer(torch.zeros(5, 32))
-    with pytest.raises(CacheError, match="LatentCache.*Use FullCache"):
+    with pytest.raises(CacheError, match=r"LatentCache.*Use FullCache"):
         layer(torch.zeros(1, 1, 32), LatentCache(1, 4, 8, 8))
     with pytest.raises(ConfigError, match="this config is MLA"):
         Attention(ModelConfig.named("tiny"))

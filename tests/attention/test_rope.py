@@ -152,5 +152,5 @@ def test_a_table_made_in_inference_mode_can_be_trained_with():
 
 def test_a_width_that_does_not_fit_the_angles_is_refused():
     cos, sin = rotation_table(config(), 3)
-    with pytest.raises(ValueError, match="10 coordinates cannot be turned by 4 angles.*8 wide"):
+    with pytest.raises(ValueError, match=r"10 coordinates .* by 4 angles.*8 wide"):
         rotate(torch.zeros(1, 3, 1, 10), cos, sin)

@@ -66,6 +66,15 @@ def test_the_json_report_is_json_and_nothing_else():
     assert "--quick" in found["measured"]["reason"]
 
 
+def test_what_a_library_prints_while_it_loads_is_kept_out_of_the_json(monkeypatch, capsys):
+    probe = parts.probe
+    monkeypatch.setattr(parts, "probe", lambda: print("a library greets you") or probe())
+    assert doctor.main(["--json", "--quick"]) == 0
+    printed = capsys.readouterr()
+    json.loads(printed.out)
+    assert "greets" in printed.err
+
+
 def test_a_torch_that_does_not_load_is_reported_and_not_a_traceback(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: wrong ELF class')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_tutorial import receipts
@@ -28,10 +28,10 @@ def test_the_ceilings_are_positive_and_finite_and_lie_within_their_quartiles(cei
         assert rate.repeats >= 1
 
 
-def test_measuring_takes_about_the_seconds_it_was_given():
+def test_measuring_comes_to_an_end():
     start = time.perf_counter()
     machine.measure(0.5, device="cpu")
-    assert time.perf_counter() - start < 10  # a hang, not a busy neighbour
+    assert time.perf_counter() - start < 60  # a hang, not a busy neighbour
 
 
 def test_a_copy_counts_every_byte_read_and_written():
@@ -40,7 +40,7 @@ def test_a_copy_counts_every_byte_read_and_written():
     assert (rate.value, rate.size) == (2 * size / 0.5, size)
 
 
-def test_a_copy_really_copies(monkeypatch):
+def test_a_copy_really_copies():
     copied = []
     machine.copy_rate(CPU, lambda run: copied.append(run()) or 1.0, 0.01, 2**20)
     assert copied and all(it.numel() == 2**20 and it.unique().numel() > 200 for it in copied)
@@ -86,6 +86,7 @@ def test_no_time_to_measure_is_an_error(seconds):
         machine.measure(seconds)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(2**25, 2**42), st.integers(2**18, 2**31))
 def test_a_copys_buffers_leave_the_cache_and_fit_the_memory(memory, cache):
     size = machine._buffer_bytes(memory, cache)

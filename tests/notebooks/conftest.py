@@ -21,7 +21,7 @@ from ipywidgets import HTML, IntSlider, VBox
 
 # %% id="figure"
 figure, axes = plt.subplots(figsize=(2, 2))
-axes.plot([1, 2, 4])
+lines = axes.plot([1, 2, 4])
 
 # %% [markdown] id="about-the-slider"
 # A slider.
@@ -64,5 +64,5 @@ def sample(tmp_path):
     """A folder like notebooks/, with the source of one small lesson in it."""
     folder = tmp_path / "a folder"
     (folder / "src").mkdir(parents=True)
-    (folder / "src/07_sample.py").write_text(SAMPLE)
+    (folder / "src/07_sample.py").write_text(SAMPLE.lstrip())
     return folder

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import rules
 import solve
+
 from dsv3_tutorial.learn.registry import every_exercise
 
 ROOT = Path(__file__).parents[2]

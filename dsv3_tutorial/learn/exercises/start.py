@@ -1,31 +1,27 @@
 """Lesson 0: the one formula that the whole course is measured against."""
 
-from dsv3_tutorial.hardware import Chip
+from dsv3_tutorial.hardware import chip
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
 
-def _chip(name: str) -> Chip:
-    return Chip.named(name)
-
-
 def _decode() -> tuple:  # 37e9 weights in FP8, read once, each used for one multiply and add
-    return 74e9, 37e9, _chip("H100"), "bf16"
+    return 74e9, 37e9, chip("h100-sxm"), "bf16"
 
 
 def _prefill() -> tuple:  # the same weights, shared by 4,096 tokens
-    return 4096 * 74e9, 37e9, _chip("H100"), "bf16"
+    return 4096 * 74e9, 37e9, chip("h100-sxm"), "bf16"
 
 
 def _other_format() -> tuple:
-    return 3e15, 2e10, _chip("H800"), "fp8"
+    return 3e15, 2e10, chip("h800"), "fp8"
 
 
 def _other_chip() -> tuple:
-    return 5e12, 8e10, _chip("H20"), "bf16"
+    return 5e12, 8e10, chip("h20"), "bf16"
 
 
 def _near_the_ridge() -> tuple:  # 300 FLOP per byte: both terms matter
-    return 3e14, 1e12, _chip("H100"), "bf16"
+    return 3e14, 1e12, chip("h100-sxm"), "bf16"
 
 
 def _adds(flops, bytes, chip, fmt="bf16"):
@@ -79,7 +75,9 @@ EXERCISES = [
             Mutant("no memory", _only_arithmetic, "this is the arithmetic alone; where is memory?"),
             Mutant("no flops", _only_memory, "this is the memory alone; where is the arithmetic?"),
             Mutant("inverted", _upside_down, "the fraction is upside down: amount / rate is time."),
-            Mutant("one format", _one_format, "the rate depends on the format: use chip.rate(fmt)."),
+            Mutant(
+                "one format", _one_format, "the rate depends on the format: use chip.rate(fmt)."
+            ),
         ],
     )
 ]
