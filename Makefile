@@ -1,5 +1,5 @@
 # The course's commands; what they do is in notebooks/lab.py.
-#   make lab                  set up, and open the course (NO_BROWSER=1: print the address only)
+#   make lab                  set up, and open the course (NO_BROWSER=1: print the address only; ARGS="--port=9000")
 #   make test                 set up, and prove everything
 #   make lint                 ruff and import-linter alone
 #   make notebooks            rebuild the lessons whose source changed (ALL=1: all, LIVE=1: live cells too)
@@ -16,7 +16,7 @@ LAB = "$(PYTHON)" notebooks/lab.py
 .PHONY: lab test lint notebooks bench doctor reset
 
 lab:
-	@$(LAB) lab $(if $(NO_BROWSER),--no-browser)
+	@$(LAB) lab $(if $(NO_BROWSER),--no-browser) $(ARGS)
 
 test:
 	@$(LAB) test $(ARGS)

@@ -1,1 +1,1 @@
-"""DeepSeek-V3 in miniature, built to teach hardware-aware co-design. Importing this imports nothing."""
+"""DeepSeek-V3 in miniature, built to teach hardware-aware co-design. It imports nothing itself."""

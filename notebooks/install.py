@@ -5,10 +5,13 @@ interrupted installation leaves no record, and the next run starts over. A CUDA 
 is there already is used, not downloaded again.
 """
 
+from __future__ import annotations  # so that an old Python reaches its refusal
+
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -105,14 +108,16 @@ class Environment:
         inside = Path(sys.prefix).resolve() == self.folder.resolve()
         parent = sys._base_executable if inside else sys.executable
         on_top = cuda_torch(parent)
-        print(f"Making .venv from {parent}" + (", with its CUDA torch" if on_top else ""))
-        builder = venv.EnvBuilder(
-            clear=True, with_pip=True, system_site_packages=on_top, symlinks=True
+        print(
+            f"Making .venv from {parent}" + (", with its CUDA torch" if on_top else ""), flush=True
         )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        self.ours.write_text("the torch at hand" if on_top else "its own torch")
+        builder = venv.EnvBuilder(with_pip=True, system_site_packages=on_top, symlinks=True)
         builder.create(self.folder)
         if on_top and not inside and sys.prefix != sys.base_prefix:
             self.see_packages_of(sys.path)
-        self.ours.write_text("the torch at hand" if on_top else "its own torch")
 
     def see_packages_of(self, path: list[str]) -> None:
         """Let it see the packages of the virtual environment that it was made from.

@@ -4,6 +4,8 @@ Runs under whatever Python is at hand, so it uses the standard library alone; th
 .venv.
 """
 
+from __future__ import annotations  # so that an old Python reaches its refusal
+
 import argparse
 import os
 import shutil
@@ -99,7 +101,7 @@ def open_lab(environment: Environment, options: argparse.Namespace) -> int:
     for name in copy_lessons(environment.root):
         print(f"my/{name} is your copy of the lesson; make lab never overwrites it.")
     print("Opening JupyterLab; Ctrl-C twice ends it.", flush=True)
-    command = jupyter_command(environment, options.no_browser)
+    command = jupyter_command(environment, options.no_browser) + options.rest
     os.chdir(environment.root)
     os.execve(command[0], command, environment.variables())
 
@@ -144,14 +146,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     table = {"lab": open_lab, "test": prove, "lint": lint, "notebooks": build, "run": package}
-    made = {name: commands.add_parser(name) for name in [*table, "reset"]}
-    for name, action in [*table.items(), ("reset", reset)]:
+    table["reset"] = reset
+    # run's own --help belongs to the package's command behind it.
+    made = {name: commands.add_parser(name, add_help=name != "run") for name in table}
+    for name, action in table.items():
         made[name].set_defaults(action=action)
     made["lab"].add_argument("--no-browser", action="store_true")
     made["notebooks"].add_argument("--live", action="store_true")
     made["notebooks"].add_argument("--all", action="store_true")
     made["reset"].add_argument("lesson")
     options, rest = parser.parse_known_args(arguments)
+    if rest and options.action in (lint, reset):
+        parser.error(f"not understood: {' '.join(rest)}")
     return argparse.Namespace(**vars(options), rest=rest)
 
 

@@ -50,8 +50,12 @@ def core(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def stubs(cell: NotebookNode) -> dict[str, ast.FunctionDef]:
-    """The functions of a cell that stand under @exercise("name"), by that name."""
-    if cell.cell_type != "code" or "@exercise(" not in cell.source:
+    """The functions of a cell that stand under @exercise("name"), by that name.
+
+    A cell tagged demonstration shows what becomes of a given answer: it asks nothing.
+    """
+    asks = cell.cell_type == "code" and "demonstration" not in tags(cell)
+    if not asks or "@exercise(" not in cell.source:
         return {}
     found = {}
     for node in ast.walk(ast.parse(cell.source)):

@@ -55,8 +55,8 @@ def solved(notebook: NotebookNode, answers: dict[str, Callable]) -> NotebookNode
 
 
 def verdicts(notebook: NotebookNode) -> dict[str, dict]:
-    """The verdicts that a run stored, by exercise."""
-    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    """The verdicts that a run stored under its exercises, by exercise."""
+    outputs = [o for c in notebook.cells if stubs(c) for o in c.outputs]
     found = [o.data[VERDICT] for o in outputs if VERDICT in o.get("data", {})]
     return {verdict["exercise"]: verdict for verdict in found}
 

@@ -21,6 +21,10 @@ from dsv3_tutorial.attention.mha import attend, check_input, visible
 from dsv3_tutorial.attention.rope import RotationTable, rotate
 from dsv3_tutorial.config import ConfigError, ModelConfig
 
+# DeepSeek's code and transformers give the two norms inside MLA this value whatever `rms_norm_eps`
+# says; it shows where that is another, as in Moonlight (1e-5).
+NORM_EPS = 1e-6
+
 
 def compress(
     x: Tensor,
@@ -159,15 +163,15 @@ class MLA(nn.Module):
             )
         self.cfg, self.absorb, self.backend = cfg, absorb, backend
         d, h, bias = cfg.hidden_size, cfg.num_attention_heads, cfg.attention_bias
-        q, c, eps = cfg.q_lora_rank, cfg.kv_lora_rank, cfg.rms_norm_eps
+        q, c = cfg.q_lora_rank, cfg.kv_lora_rank
         if q is None:
             self.q_proj = nn.Linear(d, h * cfg.qk_head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(d, q, bias=bias)  # W^DQ
-            self.q_a_layernorm = nn.RMSNorm(q, eps=eps)
+            self.q_a_layernorm = nn.RMSNorm(q, eps=NORM_EPS)
             self.q_b_proj = nn.Linear(q, h * cfg.qk_head_dim, bias=False)  # W^UQ, W^QR
         self.kv_a_proj_with_mqa = nn.Linear(d, c + cfg.rope_dim, bias=bias)  # W^DKV, W^KR
-        self.kv_a_layernorm = nn.RMSNorm(c, eps=eps)
+        self.kv_a_layernorm = nn.RMSNorm(c, eps=NORM_EPS)
         per_head = cfg.qk_nope_head_dim + cfg.v_head_dim
         self.kv_b_proj = nn.Linear(c, h * per_head, bias=False)  # W^UK, W^UV
         self.o_proj = nn.Linear(h * cfg.v_head_dim, d, bias=bias)  # W^O

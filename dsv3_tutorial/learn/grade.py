@@ -20,7 +20,7 @@ from typing import Any
 
 from dsv3_tutorial.learn.registry import concepts, load
 from dsv3_tutorial.learn.show import MIME
-from dsv3_tutorial.learn.submission import code_cells, submitted
+from dsv3_tutorial.learn.submission import code_cells, statements, submitted
 from dsv3_tutorial.learn.verdict import LABELS, NOT_ATTEMPTED, NOT_YET, PASSED
 
 UNREADABLE = "unreadable"
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 def _grade_file(file: Path) -> list[Row]:
     try:
         notebook = json.loads(file.read_text(encoding="utf-8"))
-        found = list(submitted(code_cells(notebook)))
+        found = list(submitted(statements(code_cells(notebook))))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: this is no notebook that can be read"
         return [Row(file.name, "", UNREADABLE, reason)]
@@ -113,12 +113,13 @@ def _rerun(notebook: dict[str, Any], folder: str) -> Any:
     try:
         import nbformat
         from nbclient import NotebookClient
+        from nbclient.exceptions import CellTimeoutError, DeadKernelError
     except ImportError:
         raise RuntimeError(
             "nbclient is not installed, so no notebook can be run again and graded; "
             "install requirements.txt"
         ) from None
-    fresh = nbformat.v4.upgrade(nbformat.from_dict(notebook))
+    fresh = nbformat.reads(json.dumps(notebook), as_version=4)
     fresh.metadata["kernelspec"] = {
         "name": "python3",
         "display_name": "Python",
@@ -132,7 +133,7 @@ def _rerun(notebook: dict[str, Any], folder: str) -> Any:
     )
     try:
         client.execute(cwd=folder, env=_environment(folder))
-    except Exception as error:  # a killed kernel, a cell out of time: what ran before it counts
+    except (CellTimeoutError, DeadKernelError) as error:  # what ran before it counts
         print(f"the run stopped early: {type(error).__name__}", file=sys.stderr)
     return fresh
 

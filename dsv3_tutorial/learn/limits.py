@@ -17,7 +17,7 @@ from typing import Any
 
 SHOWN_LINES = 5
 SHOWN_WIDTH = 120
-_PATIENCE = 50  # alarms, some 50 ms, before calls are stopped as well
+_PATIENCE = 30  # alarms, some 50 ms, before calls are stopped as well
 _KEPT = 20_000  # characters; an endless print must not fill memory before its time is up
 
 
@@ -71,25 +71,28 @@ def _timed(function: Callable, args: tuple, seconds: float) -> Any:
         if not armed:
             return
         alarms += 1
+        if not stopped:  # a deep recursion may have left no room for this handler's own calls
+            sys.setrecursionlimit(sys.getrecursionlimit() + 30)
         # At a random moment, or a loop of nested try and except could swallow every alarm in step.
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, 2e-3), 0.1)
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, 2e-3), 3e-3)
         if alarms >= _PATIENCE and not stopped:
-            sys.setrecursionlimit(depth + 200)  # the learner's recursion may have used it up
-            try:
-                stopped.update(_stop_calls(function, frame))
-            finally:
-                sys.setrecursionlimit(depth)
+            stopped.update(_stop_calls(function, frame))
         if _above_marker(frame):
             raise TimeUp
 
     handler = signal.signal(signal.SIGALRM, alarm)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 3e-3)
     try:
         result = _inside(function, args)
+    except BaseException:
+        if alarms:
+            raise TimeUp from None
+        raise
     finally:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        sys.setrecursionlimit(depth)
         for one, code in stopped.items():
             one.__code__ = code
         if timer[0]:

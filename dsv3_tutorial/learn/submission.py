@@ -10,7 +10,6 @@ import contextlib
 import json
 import linecache
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from dsv3_tutorial.learn.registry import UnknownExercise, find
 from dsv3_tutorial.learn.verdict import NOT_YET, RAISED, judge
 
 _SECONDS_TO_DEFINE = 20.0
+Placed = tuple[int, ast.stmt]  # the index of a cell, and a statement in it
 
 
 def code_cells(notebook: dict[str, Any]) -> list[str]:
@@ -32,20 +32,23 @@ def _no_magic(line: str) -> str:
     return f"# {line}" if line.lstrip().startswith(("%", "!")) else line
 
 
-def submitted(cells: list[str]) -> dict[str, tuple[int, ast.stmt]]:
-    """Exercise name -> where its last definition stands: the cell's index and the statement."""
+def submitted(every: list[Placed]) -> dict[str, Placed]:
+    """Exercise name -> its last definition among a notebook's statements."""
     found = {}
-    for index, statement in _statements(cells):
+    for index, statement in every:
         for name in map(_exercise_name, getattr(statement, "decorator_list", [])):
             if name:
                 found[name] = (index, statement)
     return found
 
 
-def _statements(cells: list[str]) -> Iterator[tuple[int, ast.stmt]]:
+def statements(cells: list[str]) -> list[Placed]:
+    """All top-level statements, each with the index of its cell. A cell with an error has none."""
+    found: list[Placed] = []
     for index, source in enumerate(cells):
         with contextlib.suppress(SyntaxError, ValueError):
-            yield from ((index, statement) for statement in ast.parse(source).body)
+            found += [(index, statement) for statement in ast.parse(source).body]
+    return found
 
 
 def _exercise_name(decorator: ast.expr) -> str | None:
@@ -74,10 +77,8 @@ def _uses(statement: ast.stmt) -> set[str]:
     return names - set(dir(builtins))
 
 
-def definitions(cells: list[str], name: str) -> list[tuple[int, ast.stmt]]:
-    """What must be executed, in order, for the function of exercise `name` to be defined."""
-    every = list(_statements(cells))
-    last = submitted(cells)[name]
+def definitions(every: list[Placed], last: Placed) -> list[Placed]:
+    """What must be executed, in order, for the function in the statement `last` to be defined."""
     chosen, wanted = [last], _uses(last[1])
     while True:
         fresh = [s for s in every if s not in chosen and _defines(s[1]) & wanted]
@@ -89,15 +90,17 @@ def definitions(cells: list[str], name: str) -> list[tuple[int, ast.stmt]]:
 
 def recheck(cells: list[str], name: str) -> dict[str, str]:
     """The verdict on one exercise from its source alone: {exercise, status, message}."""
+    every = statements(cells)
+    placed = submitted(every)[name]
+    last = placed[1]
     try:
         declared = find(name)
     except UnknownExercise as unknown:
         return {"exercise": name, "status": NOT_YET, "message": str(unknown)}
-    last = submitted(cells)[name][1]
     namespace: dict[str, Any] = {"__name__": "submission"}
     clock = Clock(_SECONDS_TO_DEFINE)
     with quiet():
-        for index, statement in definitions(cells, name):
+        for index, statement in definitions(every, placed):
             try:
                 clock.call(_execute, (cells[index], index, statement, namespace))
             except BaseException as error:
@@ -120,7 +123,7 @@ def _execute(source: str, index: int, statement: ast.stmt, namespace: dict[str, 
 def main(notebook: str, answer: str) -> None:
     """Checks every exercise of a notebook in this process and writes the verdicts as JSON."""
     cells = code_cells(json.loads(Path(notebook).read_text(encoding="utf-8")))
-    verdicts = [recheck(cells, name) for name in submitted(cells)]
+    verdicts = [recheck(cells, name) for name in submitted(statements(cells))]
     Path(answer).write_text(json.dumps(verdicts), encoding="utf-8")
 
 

@@ -41,7 +41,7 @@ class Explorer(w.VBox):
     @property
     def picture(self) -> bytes:
         """The PNG on show; empty when the last setting could not be drawn."""
-        return self._image.value
+        return bytes(self._image.value)
 
     @property
     def caption(self) -> str:

@@ -149,7 +149,7 @@ reveal("start.tokens", 1 / seconds)
 print(f"arithmetic used: {2 * 37e9 / seconds / h800.rate('fp8'):.2%}")
 
 # %% [markdown] id="used"
-# At most 91 tokens a second, with the arithmetic units idle for more than 99 % of the time. (V3 does not fit on one H800; spread over many, the
+# About 90 tokens a second at best, with the arithmetic units idle for more than 99 % of the time. (V3 does not fit on one H800; spread over many, the
 # same limit holds for each share.) The weights are one half of what a token reads. Lesson 1 is about the other half.
 #
 # ## 4 · The map

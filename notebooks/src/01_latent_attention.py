@@ -32,8 +32,8 @@ from dataclasses import replace
 import torch
 
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.learn import exercise, explore, fails, predict, progress, reveal, term
-from dsv3_tutorial.learn.figures import latent_attention as figures
+from dsv3_tutorial.learn import exercise, explore, fails, live_seconds, predict, progress, reveal, term
+from dsv3_tutorial.learn.figures import cache_size, decode_speed, latent_flow, learning_curves, paper_tables
 
 v3 = ModelConfig.named("deepseek-v3")
 
@@ -90,7 +90,7 @@ print(f"ratio: {kv_cache_bytes_per_token(whole) / kv_cache_bytes_per_token(v3):.
 # Six published models, on one picture:
 
 # %% id="figure-cache"
-figures.cache_against_context()
+cache_size.cache_against_context()
 
 # %% [markdown] id="figure-cache-words"
 # All lines are straight with slope one: twice the context, twice the cache. At 131,072 tokens Llama 3.1 405B fills
@@ -100,12 +100,12 @@ figures.cache_against_context()
 
 # %% id="explore-cache"
 explore(
-    figures.cache_on_gpus,
-    model=figures.PRESETS,
+    cache_size.cache_on_gpus,
+    model=list(cache_size.PRESETS),
     context=[4096, 16384, 65536, 131072],
     batch=[1, 8, 32, 128],
     bytes_per_number={"BF16 (2)": 2, "FP8 (1)": 1},
-    say=figures.cache_on_gpus_in_words,
+    say=cache_size.cache_on_gpus_in_words,
 )
 
 # %% [markdown] id="claim-quadratic"
@@ -154,7 +154,7 @@ with fails(RuntimeError):
 # MLA caches one vector per token and layer, and every head reads from it. This is the whole of it, with V3's widths.
 
 # %% id="figure-flow"
-figures.data_flow()
+latent_flow.data_flow()
 
 # %% [markdown] id="figure-flow-words"
 # Only the two boxes with a heavy outline are kept: the latent, 512 numbers, and the rotary key, 64. Left of them everything is
@@ -166,7 +166,7 @@ figures.data_flow()
 #
 # One matrix product makes both cached parts at once. Project `x`, split the result into the latent (the first `C` numbers) and the
 # key that will carry position (the last `R`), and apply RMSNorm to the *latent only*. The key is left as it is; rotation comes
-# next. `F.rms_norm(t, (width,), weight, eps)` normalises. `C` is the length of `norm_weight`.
+# next. `F.linear(x, weight, bias)` projects (V3 has no bias; some models do), `F.rms_norm(t, (width,), gain, eps)` normalises, and `C` is the length of `norm_weight`.
 #
 # | | shape | |
 # |---|---|---|
@@ -180,13 +180,12 @@ import torch.nn.functional as F
 
 
 @exercise("attention.compress")
-def compress(x, kv_a_weight, norm_weight, eps=1e-6): ...
+def compress(x, kv_a_weight, norm_weight, eps=1e-6, bias=None): ...
 
 
 # %% [markdown] id="why-joint"
-# Keys and values share *one* latent. Splitting the same 512 numbers into 256 for keys and 256 for values would cost as much cache
-# and give each half the rank. What does a rank buy? Take one matrix of V3's shape for a key and value up-projection and ask how
-# much of a random `D`-wide input survives.
+# Keys and values share *one* latent: 256 numbers for each would cost as much and give each half the freedom. What does it mean that
+# all heads read from so few numbers? A toy with four heads, keys of width 12 and a latent of 16:
 
 # %% id="rank"
 torch.manual_seed(0)
@@ -327,9 +326,9 @@ predict("attention.fewer_bytes", ..., unit="x")
 # %% id="reveal-cost"
 from dsv3_tutorial.cost import attention as attention_cost
 
-costs = attention_cost.decode_per_token(v3)
-reveal("attention.more_arithmetic", costs.arithmetic_ratio)
-reveal("attention.fewer_bytes", costs.bytes_ratio)
+width, elements = attention_cost.score_width, attention_cost.cached_elements
+reveal("attention.more_arithmetic", width(v3, "absorbed") / width(v3, "expanded"))
+reveal("attention.fewer_bytes", elements(v3, "expanded") / elements(v3, "absorbed"))
 
 # %% [markdown] id="cost-words"
 # That is the trade, and it sounds like a bad one until you remember section 1: in decode the machine waits for memory, and its
@@ -372,14 +371,14 @@ variants = ["MHA", "GQA, 2 groups", "MQA", "MLA, latent 96 + 32", "MLA, latent 4
 predict("attention.learns_best", ..., options=variants)
 
 # %% id="figure-learning"
-figures.learning()
+learning_curves.learning()
 
 # %% [markdown] id="learning-words"
 # LEARNING WORDS
 
 # %% id="learning-table"
-reveal("attention.learns_best", figures.best_learner())
-figures.learning_table()
+reveal("attention.learns_best", learning_curves.best_learner())
+learning_curves.learning_table()
 
 # %% [markdown] id="live"
 # **Measure.** Train the MLA variant here, for the time that you have (45 seconds unless `DSV3_LIVE_SECONDS` says otherwise), on your
@@ -387,14 +386,13 @@ figures.learning_table()
 
 # %% id="live-training" tags=["live", "nbval-ignore-output"]
 from dsv3_tutorial.bench.learning import SCHEDULE
-from dsv3_tutorial.learn import live_seconds
 from dsv3_tutorial.model import DeepSeekV3
 from dsv3_tutorial.train import corpus, loop
 
 torch.manual_seed(100)
 schedule = replace(SCHEDULE, seconds=live_seconds())
 rows = list(loop.train(DeepSeekV3(cfg), corpus.load(), schedule, seed=100))
-figures.learning_live(rows)
+learning_curves.learning_live(rows)
 
 # %% [markdown] id="live-words"
 # Short runs mislead. LIVE WORDS
@@ -411,19 +409,19 @@ figures.learning_live(rows)
 from dsv3_tutorial.bench import attention as attention_bench
 
 times = attention_bench.decode_step_times(contexts=[256, 1024, 4096], seconds=live_seconds() / 4)
-figures.decode_times(times)
+decode_speed.decode_times(times)
 
 # %% [markdown] id="decode-words"
 # DECODE WORDS
 
 # %% id="receipts-decode"
-figures.decode_receipts()
+decode_speed.decode_receipts()
 
 # %% [markdown] id="receipts-words"
 # RECEIPT WORDS
 
 # %% id="figure-map"
-figures.where_absorbing_pays("h800")
+decode_speed.where_absorbing_pays("h800")
 
 # %% [markdown] id="map-words"
 # MAP WORDS
@@ -434,24 +432,147 @@ figures.where_absorbing_pays("h800")
 # *Insights into DeepSeek-V3* (ISCA 2025), Table 1, computed by the function that you wrote, beside what is printed.
 
 # %% id="table-1"
-figures.isca_table_1(kv_cache_bytes_per_token)
+paper_tables.isca_table_1(kv_cache_bytes_per_token)
 
 # %% [markdown] id="table-1-words"
-# TABLE WORDS
+# Every size agrees to the byte. The last ratio does not: 516.096 / 70.272 is 7.34, and 7.28 is printed. It is a slip of the paper, and small.
+# The table also compares three models of different depth and width, so its ratios are not the effect of attention alone.
+#
+# **Claim check.** MLA's savings circulate as 57x, 71x, 93.3 %, 14 % and 4 %. A ratio means nothing without its base. Here is the base of each.
 
-# %% id="v2-ratios"
-figures.v2_ratios()
+# %% id="ratios"
+paper_tables.mla_ratios()
 
-# %% [markdown] id="v2-words"
-# V2 WORDS
-
-# %% [markdown] id="recap"
+# %% [markdown] id="ratios-words"
+# All can be reproduced, and none says the same thing. The 93.3 % of the V2 report's abstract is not MLA alone: against DeepSeek-67B, which
+# already shares its keys among heads, MLA saves 82 %; the rest is a cache stored in 6 bits a number. The 14 % and the 4 % belong to two pairs of
+# models in the report's appendix, which are also its evidence that MLA is *better* than MHA. The 4 % fits an MHA of 56 heads, not of V2's 128.
+#
 # ## What you can do now
 #
-# RECAP
+# You can count any cache, build MLA from six short functions, and say why each is there: the joint latent because bytes decide decode, the
+# separate rotary key because a rotation blocks absorption, the absorbed form because arithmetic is idle. You also know its price: three times
+# the arithmetic, and a form to switch away from when many tokens arrive at once.
 
 # %% id="progress"
 progress()
 
+# %% [markdown] id="next"
+# Next on the path is lesson 4, the sparse experts. What follows here goes further: three more exercises, the kernel, and a map to play with.
+
 # %% [markdown] id="further"
 # ## Further
+#
+# ### Splitting heads over GPUs
+#
+# Tensor parallelism gives each GPU some of the heads. With GQA a GPU then caches only its own key-value heads. What happens to a latent that
+# all heads read?
+#
+# ### Exercise 1.7 · The cache on each GPU
+#
+# *Difficulty 3/5 · worth it 4/5 · 8 minutes · about 6 lines*
+#
+# Return the bytes one token leaves on *each* GPU when the heads are dealt out over `tensor_parallel` GPUs. A GPU cannot hold less than one
+# key-value head: beyond that, heads are copied.
+
+# %% id="cache-per-gpu" tags=["exercise"]
+@exercise("attention.cache_per_gpu")
+def cache_bytes_per_gpu(cfg, tensor_parallel, bytes_per_element=2): ...
+
+
+# %% [markdown] id="per-gpu-words"
+# **Measure.** Predict first: at which split does Llama 3.1 405B cache less per GPU than V3?
+
+# %% id="per-gpu-table"
+paper_tables.cache_per_gpu(cache_bytes_per_gpu)
+
+# %% [markdown] id="per-gpu-explain"
+# At eight GPUs the 405B model with GQA caches *less* per GPU than V3 does. Splitting by heads does not shrink a latent cache at all. This is why V3 is served
+# with attention replicated over data-parallel ranks, each with its own conversations. Lesson 3 returns to it.
+#
+# ### The softmax scale
+#
+# ### Exercise 1.8 · YaRN's temperature
+#
+# *Difficulty 2/5 · worth it 3/5 · 5 minutes · about 2 lines*
+#
+# Scores are divided by the square root of the *whole* query width, `N + R`. V3 was trained on 4,096 tokens and stretched to more with YaRN, which slows
+# the slow rotations by `factor`. That flattens the scores, and YaRN sharpens them again: query and key are each multiplied by
+# $m = 0.1 \cdot \mathrm{mscale\_all\_dim} \cdot \ln(\mathrm{factor}) + 1$.
+# Return what the scores are multiplied by.
+
+# %% id="softmax-scale" tags=["exercise"]
+@exercise("attention.softmax_scale")
+def yarn_softmax_scale(qk_head_dim, factor, mscale_all_dim): ...
+
+
+# %% [markdown] id="scale-words"
+# **Measure.** Forgetting it raises no error. How far off would V3's scores be?
+
+# %% id="scale-run"
+print(f"1 / sqrt(192)      {192**-0.5:.4f}")
+print(f"1 / sqrt(128)      {128**-0.5:.4f}   the content part alone: a common slip")
+print(f"V3, factor 40      {yarn_softmax_scale(192, 40, 1.0):.4f}   what the checkpoint expects")
+
+# %% [markdown] id="bug"
+# ### Find the bug
+#
+# ### Exercise 1.9 · Three bugs that the field has really had
+#
+# *Difficulty 4/5 · worth it 4/5 · 12 minutes · about 3 lines*
+#
+# This attention runs, gives numbers, and is wrong in three ways. The `S` queries are the last of the `T` tokens. Change three lines. The verdict
+# tells which bugs are left.
+
+# %% id="find-the-bug" tags=["exercise"]
+import math
+
+
+@exercise("attention.find_the_bug")
+def latent_attention(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
+    k_nope = torch.einsum("btc,hnc->bthn", c_kv, w_uk)
+    values = torch.einsum("btc,hvc->bthv", c_kv, w_uv)
+    scores = torch.einsum("bshn,bthn->bhst", q_nope, k_nope)
+    scores = scores + torch.einsum("bshr,btr->bhst", q_rope, k_rope)
+    scores = scores * q_nope.shape[-1] ** -0.5
+    s, t = scores.shape[-2:]
+    seen = torch.ones(s, t, dtype=torch.bool).tril()
+    probs = scores.masked_fill(~seen, 0.0).softmax(dim=-1)
+    return torch.einsum("bhst,bthv->bshv", probs, values)
+
+
+# %% [markdown] id="bug-words"
+# All three pass a quick look at a prefill's output: the numbers are finite, and the shapes are right. Two of them only show in decode or against an
+# independent implementation. The package is tested against transformers' DeepSeek-V3, forward and gradients.
+#
+# ### The trade as a map
+#
+# The explorer shows arithmetic and bytes per cached token for the three forms. Find sizes at which absorbing costs no more arithmetic than cached heads.
+
+# %% id="explore-absorption"
+explore(
+    decode_speed.absorption_cost,
+    rank=[64, 128, 256, 512, 896],
+    head_dim=[32, 64, 128],
+    heads=[8, 16, 64, 128],
+    start={"rank": 512, "head_dim": 128, "heads": 128},
+    say=decode_speed.absorption_cost_in_words,
+)
+
+# %% [markdown] id="kernel"
+# ### The kernel
+#
+# On a GPU the package runs decode in one Triton kernel. A block of heads shares each read of the latent; the cached tokens are split over the multiprocessors,
+# each keeps a running maximum and sum (online softmax), and a second kernel joins the parts. Here is the contract that both sides obey:
+
+# %% id="kernel-contract"
+from dsv3_tutorial.attention.decode import latent_decode
+
+q = torch.randn(2, 1, 4, 16 + 8)  # (B, S, H, C + R): absorbed query beside its rotary part
+latent = torch.randn(2, 50, 16 + 8)  # (B, T, C + R): the cache as it lies in memory
+out = latent_decode(q, latent, torch.tensor([50, 31]), rank=16, scale=24**-0.5)
+print(tuple(out.shape), "from lengths 50 and 31")
+
+# %% [markdown] id="kernel-words"
+# `backend="triton"` forces the kernel and says why if it cannot run. The tests run it in Triton's interpreter and compile it for Hopper, where they check that
+# it uses the tensor cores, spills no register and fits in shared memory. Its speed on a GPU has no receipt yet; `make bench` writes one.

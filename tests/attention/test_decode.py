@@ -235,6 +235,14 @@ def test_the_kernel_rounds_to_half_precision_twice_and_no_more(kernel_device, dt
     assert error <= torch.finfo(dtype).eps * largest
 
 
+def test_parts_are_combined_in_float32(kernel_device):
+    """Under equal weights, which BF16 holds exactly, the last rounding is the only one."""
+    q, *rest = case([50, 21], heads=4, dtype=torch.bfloat16)
+    inputs = (q * 0, *rest)
+    out = in_triton(kernel_device, inputs, SMALL, 3)
+    assert torch.equal(out, textbook(*inputs).to(torch.bfloat16))
+
+
 def test_the_kernel_s_scores_may_be_large_without_overflow(kernel_device):
     q, latent, lengths, rank, _ = case([40, 17])
     inputs = (q * 30, latent, lengths, rank, 1.0)

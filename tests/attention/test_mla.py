@@ -176,6 +176,13 @@ def test_a_long_prefill_expands_and_a_short_one_absorbs(monkeypatch):
     assert decoded == [23, 1, 12]  # 24 at first went through whole heads
 
 
+def test_the_backend_asked_for_is_the_one_that_decodes():
+    cfg = config()
+    layer = MLA(cfg, backend="abacus").double()
+    with pytest.raises(ValueError, match="abacus"):
+        layer(draw(1, 1, cfg.hidden_size), LatentCache.for_config(cfg, 1, 4, dtype=F64))
+
+
 def test_deepseek_v3_expands_from_171_queries():
     v3 = config(heads=128, rank=512, rope_dim=64, nope=128, value=128)
     assert 170 < expansion_pays_from(v3) < 171
@@ -274,15 +281,20 @@ def test_what_learners_write_stands_alone_in_fifteen_lines(function):
     assert names.isdisjoint(f.__name__ for f in REFERENCES)
 
 
+@pytest.mark.parametrize("of_the_layer", [None, False, True])
 @pytest.mark.parametrize("absorb", [False, True])
-def test_the_class_runs_the_very_functions_that_learners_write(monkeypatch, absorb):
+def test_the_class_runs_the_very_functions_that_learners_write(monkeypatch, absorb, of_the_layer):
     called = []
     for function in REFERENCES[2:]:
         name = function.__name__
         spied = lambda *a, _f=function: called.append(_f.__name__) or _f(*a)  # noqa: E731
         monkeypatch.setattr(mla, name, spied)
     cfg = config()
-    MLA(cfg).double()(draw(1, 4, cfg.hidden_size), absorb=absorb)
+    x = draw(1, 4, cfg.hidden_size)
+    if of_the_layer == absorb:
+        MLA(cfg, absorb=absorb).double()(x)
+    else:
+        MLA(cfg, absorb=of_the_layer).double()(x, absorb=absorb)
     kind = "absorbed" if absorb else "expanded"
     assert called == ["compress", f"{kind}_scores", f"{kind}_values"]
 

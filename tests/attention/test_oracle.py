@@ -54,6 +54,7 @@ def deepseek_config(seed, scaling, **changes):
         "v_head_dim": one(3, 20),
     }
     other = {"vocab_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 2560}
+    other["rms_norm_eps"] = 1e-2  # which the norms inside attention do not follow
     rope = {"rope_theta": 10000.0, **(scaling or {"rope_type": "default"})}
     theirs = DeepseekV3Config(**other, **{**sizes, **changes}, rope_parameters=rope)
     theirs._attn_implementation = "eager"

@@ -68,6 +68,15 @@ def test_the_forms_read_the_same_weights(form):
     assert step.weight_bytes == 2 * params.attention(V3)[0]
 
 
+@pytest.mark.parametrize("queries", [1, 7])
+def test_with_nothing_cached_before_rebuilding_is_just_projecting(queries):
+    steps = [
+        attention.decode_step(V3, queries, queries=queries, form=form)
+        for form in ("expanded", "reexpanded")
+    ]
+    assert steps[0].flops == steps[1].flops
+
+
 @pytest.mark.parametrize(("cfg", "absorb"), [(V3, True), (V3, False), (QWEN, True)])
 def test_a_layers_step_adds_up_to_the_models_decode_flops(cfg, absorb):
     form = ("absorbed" if absorb else "expanded") if cfg.is_mla else "heads"

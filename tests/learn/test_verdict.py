@@ -1,7 +1,5 @@
 """Whatever a learner's function does, it gets one line and the notebook goes on."""
 
-import asyncio
-import re
 import signal
 import sys
 import textwrap
@@ -77,8 +75,10 @@ def test_a_right_answer_passes_with_the_number_of_cases():
 
 @pytest.mark.parametrize(
     "body",
-    ["...", "pass", '"""Says."""', '"""Says."""\n...', "raise NotImplementedError"]
-    + ['raise NotImplementedError("yours to write")', "return ..."][:1],
+    [
+        *("...", "pass", '"""Says."""', '"""Says."""\n...', "raise NotImplementedError"),
+        'raise NotImplementedError("yours to write")',
+    ],
 )
 def test_a_bare_stub_is_not_attempted(body):
     assert judge(toy(), written(body)).status == "not_attempted"
@@ -113,7 +113,7 @@ ATTACKS = {
     ),
     "recursion within try": (
         "try:\n  return scaled(x, factor)\nexcept BaseException:\n  return scaled(x, factor)",
-        "case 1 (small)|RecursionError|did not finish",
+        "did not finish",
     ),
     "catches the alarm and returns": (
         "try:\n  while True: pass\nexcept BaseException:\n  return x * factor",
@@ -156,10 +156,7 @@ ATTACKS = {
 def test_an_attack_gets_its_line(body, says, capsys):
     start = time.monotonic()
     found = judge(toy(), written(body))
-    if "|" in says:
-        assert re.search("|".join(map(re.escape, says.split("|"))), found.line)
-    else:
-        assert says in found.line
+    assert says in found.line
     assert time.monotonic() - start < 4
     assert capsys.readouterr() == ("", "")
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
@@ -180,7 +177,6 @@ def test_what_is_no_plain_function_is_told_apart():
     assert "write a function" in judge(toy(), torch.mul).line
     other = written("return 1", head="def scaled(x):")
     assert "must take (x, factor)" in judge(toy(), other).line
-    assert asyncio.iscoroutinefunction is not None
 
 
 def test_a_known_mistake_is_named_and_an_unknown_one_gets_the_first_hint():
@@ -227,7 +223,11 @@ def test_globals_and_torch_settings_are_as_before():
 
 
 def test_recursion_reaches_the_learners_own_function():
-    body = "return x * factor if x.shape[0] == 1 else torch.cat([scaled(r, factor) for r in x.split(1)])"
+    body = """
+        if x.shape[0] == 1:
+            return x * factor
+        return torch.cat([scaled(row, factor) for row in x.split(1)])
+    """
     function = written(body)
     function.__globals__["scaled"] = None  # as in a cell, where the name is bound only afterwards
     assert judge(toy(), function).status == "passed"
@@ -243,9 +243,7 @@ def test_prints_are_kept_aside_and_their_first_lines_shown():
 
 def test_messages_hold_no_addresses_or_folders():
     found = judge(toy(), written("raise OSError(f'{object()} in /home/someone/file.py')"))
-    assert found.line.endswith("<object object at 0x...> in file.py Hint: multiply") or (
-        found.line.endswith("<object object at 0x...> in file.py")
-    )
+    assert found.line.endswith("<object object at 0x...> in file.py")
 
 
 @pytest.fixture

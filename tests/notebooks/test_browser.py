@@ -162,7 +162,7 @@ class Lesson:
 
     def verdict(self, at):
         """A cell's verdict: its status, after making sure that the page shows it in words."""
-        cell = nbformat.from_dict({"cells": [self.cells()[at]]})
+        cell = nbformat.from_dict({"cells": [self.cells()[at]]})  # one cell, read as a lesson
         (verdict,) = solve.verdicts(cell).values()
         label = verdict["status"].replace("_", " ").upper()
         self.show(at).get_by_text(f"[{label}]").first.wait_for(timeout=5000)

@@ -204,3 +204,11 @@ def test_solving_pastes_the_reference_under_the_decorator_and_drops_live_cells()
 
 def test_verdicts_are_read_from_the_machine_readable_outputs():
     assert solve.verdicts(lesson())["sample.double"]["status"] == "not_attempted"
+
+
+def test_a_demonstration_is_no_exercise_and_is_not_solved():
+    notebook = lesson()
+    notebook.cells[3].metadata.tags = ["demonstration"]
+    solved = solve.solved(notebook, {"sample.double": Entry.function})
+    assert solved.cells[3].source == notebook.cells[3].source
+    assert solve.verdicts(notebook) == {} and rules.stubs(notebook.cells[3]) == {}

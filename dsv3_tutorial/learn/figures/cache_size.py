@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from dsv3_tutorial import hardware
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.cost import memory
-from dsv3_tutorial.learn.figures.style import IDLE, INK, MEMORY, figure, finish, series
+from dsv3_tutorial.learn.figures.style import IDLE, INK, MEMORY, figure, finish, plain_log, series
 
 PRESETS = {
     "Llama 3.1 405B (GQA)": "llama-3.1-405b",
@@ -36,8 +36,8 @@ def cache_against_context() -> Figure:
         text = f"{chip.title}: {chip.memory_bytes / GB:.0f} GB in all"
         ax.text(4300, chip.memory_bytes / GB * 1.12, text, fontsize=10, color=INK)
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_ylim(top=400)
+    plain_log(ax.yaxis)
+    ax.set_ylim(0.1, 400)
     ax.set_xticks(CONTEXTS, [f"{context:,}" for context in CONTEXTS])
     ours, theirs = (ModelConfig.named(n) for n in ("deepseek-v3", "llama-3.1-405b"))
     tokens = CONTEXTS[-1]

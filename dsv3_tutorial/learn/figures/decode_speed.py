@@ -10,7 +10,15 @@ from dsv3_tutorial import hardware, receipts
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.cost import attention as cost
 from dsv3_tutorial.cost import roofline
-from dsv3_tutorial.learn.figures.style import COMPUTE, INK, MEMORY, figure, finish, series
+from dsv3_tutorial.learn.figures.style import (
+    COMPUTE,
+    MEMORY,
+    figure,
+    finish,
+    note,
+    plain_log,
+    series,
+)
 
 FORMS = {
     "expanded": "expanded heads cached",
@@ -33,9 +41,8 @@ def decode_times(times: Mapping[str, Mapping[int, float]]) -> Figure:
         contexts = sorted(by_context)
         values = [by_context[context] * 1e3 for context in contexts]
         ax.plot(contexts, values, label=FORMS.get(form, form), **series(index))
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    plain_log(ax.xaxis, 4)
+    plain_log(ax.yaxis)
     last = {form: by_context[contexts[-1]] for form, by_context in times.items()}
     ratio = last["reexpanded"] / last["absorbed"]
     title = f"At {contexts[-1]:,} tokens absorbing is {ratio:.0f}x faster than expanding again"
@@ -84,8 +91,7 @@ def where_absorbing_pays(chip_name: str) -> Figure:
         "new tokens at once",
         legend=False,
     )
-    note = f"derived: roofline of one V3 attention layer on {chip.title}, BF16"
-    fig.text(0.99, -0.02, note, ha="right", va="top", fontsize=9, color=INK)
+    note(fig, f"derived: roofline of one V3 attention layer on {chip.title}, BF16")
     return fig
 
 
@@ -98,8 +104,8 @@ def _map(fig: Figure, ax, across: np.ndarray, up: np.ndarray, gains: np.ndarray)
     bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4", "8", "16", "32", "64"])
     bar.set_label("times faster, absorbed", fontsize=10)
     bar.ax.set_ylim(np.log2(gains).min(), np.log2(gains).max())
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log", base=2)
+    plain_log(ax.xaxis, 4)
+    plain_log(ax.yaxis, 4)
 
 
 def absorption_cost(rank: int, head_dim: int, heads: int) -> Figure:

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dsv3_tutorial import receipts
-from dsv3_tutorial.learn.figures.style import COMPUTE, INK, figure, finish, series
+from dsv3_tutorial.learn.figures.style import COMPUTE, INK, figure, finish, note, series
 
 Runs = dict[str, dict[int, list[receipts.Receipt]]]
 LIVE = "MLA, latent 96 + 32"
@@ -108,5 +108,5 @@ def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def _with_caption(fig: Figure, found: list[receipts.Receipt]) -> Figure:
-    fig.text(0.99, -0.02, receipts.caption(found), ha="right", va="top", fontsize=9, color=INK)
+    note(fig, receipts.caption(found))
     return fig

@@ -10,7 +10,9 @@ import io
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 DPI = 100
 COMPUTE, MEMORY, COMMUNICATION, IDLE = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
@@ -68,6 +70,19 @@ def finish(
     if legend and ax.get_legend_handles_labels()[1]:
         ax.legend(fontsize=11, frameon=False)
     return fig
+
+
+def note(fig: Figure, text: str) -> None:
+    """Where the numbers are from, small, under the axes."""
+    fig.supxlabel(text, fontsize=9, color=INK, x=0.99, ha="right")
+
+
+def plain_log(axis: Axis, base: float = 10) -> None:
+    """A logarithmic axis whose ticks read 0.25, 64, 4,096 and not as powers."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(base=base))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def series(index: int) -> dict[str, str]:
