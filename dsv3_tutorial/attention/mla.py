@@ -20,9 +20,10 @@ from dsv3_tutorial.attention.decode import latent_decode
 from dsv3_tutorial.attention.mha import attend, check_input, visible
 from dsv3_tutorial.attention.rope import RotationTable, rotate
 from dsv3_tutorial.config import ConfigError, ModelConfig
+from dsv3_tutorial.cost.attention import crossover_queries
 
-# DeepSeek's code and transformers give the two norms inside MLA this value whatever `rms_norm_eps`
-# says; it shows where that is another, as in Moonlight (1e-5).
+# DeepSeek's code and transformers give the two norms inside MLA this value, whatever `rms_norm_eps`
+# says. Moonlight's config says 1e-5: following it here would be another function than its own.
 NORM_EPS = 1e-6
 
 
@@ -131,23 +132,11 @@ def latent_attention(
     return torch.einsum("bhst,bthv->bshv", probs, values)
 
 
-def expansion_pays_from(cfg: ModelConfig) -> float:
-    """How many queries at once make re-expanding the latent cheaper than absorbing, in arithmetic.
-
-    Expanding costs C (N + V) a cached token and head, once; absorbing makes each query's part
-    longer, 2 C + R instead of N + R + V. DeepSeek-V3: 171. Infinite where absorbing never loses.
-    """
-    extra = 2 * cfg.kv_lora_rank - cfg.qk_nope_head_dim - cfg.v_head_dim
-    rebuilt = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
-    return rebuilt / extra if extra > 0 else math.inf
-
-
 class MLA(nn.Module):
     """Attention over (c_kv, k_rope). forward: x (B, S, D) -> (B, S, D), causal.
 
     One set of weights, several ways to the same numbers. `absorb`, here or per call:
-      None   the cheap way: whole heads and a fused kernel without a cache or for a long prefill,
-             absorbed for decode.
+      None   whole heads and a fused kernel without a cache or for a long prefill, else absorbed.
       False  keys and values rebuilt from the latent, as the equations stand.
       True   never rebuilt.
     With a LatentCache or a FullCache, x continues each sequence where the cache ends. A FullCache
@@ -176,7 +165,7 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(c, h * per_head, bias=False)  # W^UK, W^UV
         self.o_proj = nn.Linear(h * cfg.v_head_dim, d, bias=bias)  # W^O
         self.rotation = RotationTable(cfg)
-        self.expands_from = expansion_pays_from(cfg)
+        self.expands_from = crossover_queries(cfg)
 
     def forward(self, x: Tensor, cache: Cache | None = None, absorb: bool | None = None) -> Tensor:
         check_input(x, self.cfg)
@@ -190,7 +179,7 @@ class MLA(nn.Module):
         if isinstance(cache, FullCache) or (cache is None and absorb is None):
             out = self._whole_heads(q_nope, q_rope, c_kv, k_rope, cache)
         else:
-            out = self._from_latent(q_nope, q_rope, c_kv, k_rope, cache, absorb)
+            out = self._from_latent((q_nope, q_rope, c_kv, k_rope), cache, absorb)
         return self.o_proj(out.flatten(2))  # (B, S, D)
 
     def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,14 +211,10 @@ class MLA(nn.Module):
         return attend(q, keys, values, self.cfg.softmax_scale, cache)
 
     def _from_latent(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        c_kv: Tensor,
-        k_rope: Tensor,
-        cache: Cache | None,
-        absorb: bool | None,
+        self, new: tuple[Tensor, ...], cache: Cache | None, absorb: bool | None
     ) -> Tensor:
+        """Through the latent, fresh or cached: absorbed, or with every head rebuilt from it."""
+        q_nope, q_rope, c_kv, k_rope = new
         queries = q_nope.shape[1]
         if cache is None:
             lengths = torch.full((1,), queries, device=c_kv.device)

@@ -17,10 +17,10 @@ from dsv3_tutorial.attention.mla import (
     compress,
     expanded_scores,
     expanded_values,
-    expansion_pays_from,
 )
 from dsv3_tutorial.attention.rope import rotate_pairs, rotation_table
 from dsv3_tutorial.config import ConfigError, ModelConfig, RopeScaling
+from dsv3_tutorial.cost.attention import crossover_queries
 
 F64 = torch.float64
 YARN = RopeScaling("yarn", 40.0, 64, mscale=1.0, mscale_all_dim=1.0)
@@ -163,7 +163,7 @@ def test_gradients_are_the_same_absorbed_or_not(absorb):
 
 def test_a_long_prefill_expands_and_a_short_one_absorbs(monkeypatch):
     cfg = config(rank=8, nope=6, value=6)
-    assert expansion_pays_from(cfg) == 8 * 12 / 4 == 24
+    assert crossover_queries(cfg) == 8 * 12 / 4 == 24
     layer, decoded = MLA(cfg).double(), []
     real = mla.latent_decode
     monkeypatch.setattr(
@@ -185,8 +185,8 @@ def test_the_backend_asked_for_is_the_one_that_decodes():
 
 def test_deepseek_v3_expands_from_171_queries():
     v3 = config(heads=128, rank=512, rope_dim=64, nope=128, value=128)
-    assert 170 < expansion_pays_from(v3) < 171
-    assert expansion_pays_from(config(rank=4, nope=6, value=6)) == float("inf")
+    assert 170 < crossover_queries(v3) < 171
+    assert crossover_queries(config(rank=4, nope=6, value=6)) == float("inf")
 
 
 def test_a_latent_cache_of_a_running_layer_holds_only_its_claim():

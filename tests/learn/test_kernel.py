@@ -78,6 +78,10 @@ from IPython.display import display
 display({{"{MIME}": {{"exercise": "start.time_s", "status": "passed", "message": "5 cases"}},
          "text/plain": "[PASSED] 5 cases"}}, raw=True)
 """
+PATCH = """
+import dsv3_tutorial.learn.verdict
+dsv3_tutorial.learn.verdict._judge_cases = lambda *_: ("passed", "5 cases")
+"""
 
 
 @pytest.mark.slow
@@ -85,6 +89,8 @@ def test_a_grader_believes_functions_and_not_verdicts(tmp_path, capsys):
     submissions = {
         "right": [IMPORTS, "slower = max", RIGHT.replace("max(", "slower(")],
         "forged": [IMPORTS, HEAD + "return 1.0", FORGED],
+        "patched": [IMPORTS, PATCH, HEAD + "return 1.0"],
+        "exits": [IMPORTS, HEAD + "import os; os._exit(0)"],
         "untouched": [IMPORTS, HEAD + "..."],
     }
     for name, sources in submissions.items():
@@ -98,7 +104,7 @@ def test_a_grader_believes_functions_and_not_verdicts(tmp_path, capsys):
             ]
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     (tmp_path / "broken.ipynb").write_text("{")
-    names = ["right", "forged", "untouched", "broken"]
+    names = [*submissions, "broken"]
     status = grade.main([*(str(tmp_path / f"{name}.ipynb") for name in names), "--csv"])
     rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["file", "exercise", "status", "message"]
@@ -106,6 +112,8 @@ def test_a_grader_believes_functions_and_not_verdicts(tmp_path, capsys):
     assert found == {
         "right.ipynb": "passed",
         "forged.ipynb": "not_yet",
+        "patched.ipynb": "not_yet",
+        "exits.ipynb": "not_yet",
         "untouched.ipynb": "not_attempted",
         "broken.ipynb": "unreadable",
     }
