@@ -110,7 +110,8 @@ def prove(environment: Environment, options: argparse.Namespace) -> int:
     """Set up and run every test, lint and the notebooks' proofs among them, as one pytest run."""
     set_up(environment, dev=True)
     arguments = options.rest or ["tests"]
-    timing = ["--durations=15", "--durations-min=2", "--timeout=900"]
+    # A thread watches for hangs: the signal's timer belongs to the exercises' own time limit.
+    timing = ["--durations=15", "--durations-min=2", "--timeout=900", "--timeout-method=thread"]
     return run(environment, "-m", "pytest", "-q", *timing, *arguments, **TEST_VARIABLES)
 
 

@@ -17,28 +17,17 @@ from dsv3_tutorial.bench import timing
 from dsv3_tutorial.config import ModelConfig
 
 SMALL = ModelConfig(
-    vocab_size=16,
-    hidden_size=512,
-    intermediate_size=512,
-    num_hidden_layers=1,
-    num_attention_heads=8,
-    kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    max_position_embeddings=32768,
-)
+    vocab_size=16, hidden_size=512, intermediate_size=512, num_hidden_layers=1,
+    num_attention_heads=8, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32,
+    v_head_dim=64, max_position_embeddings=2**17,
+)  # fmt: skip
 V3_LIKE = replace(
-    SMALL,
-    hidden_size=1024,
-    num_attention_heads=16,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-)
+    SMALL, hidden_size=1024, num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+)  # fmt: skip
 CONFIGS = {"small": SMALL, "v3-like": V3_LIKE}
 OURS = ("absorbed", "reexpanded", "expanded")
+REBUILT = "rebuilt"  # as in a prefill: heads rebuilt once, then one fused attention over them
 PEERS = ("transformers sdpa", "transformers eager")  # the first is its default
 FORMS = (OURS[0], *PEERS, *OURS[1:])  # the order in which memory is given out
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest number in the output
@@ -80,6 +69,7 @@ class Layer:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.ours = MLA(cfg).to(self.place, dtype).eval()
+        self.ours.expands_from = 1  # absorb=None then rebuilds always: that is REBUILT
         self.peers, self.peer_problem = {}, "it was not asked for"
         if peers:
             self.peer_problem = peer_problem()
@@ -97,17 +87,22 @@ class Layer:
         module.load_state_dict(self.ours.state_dict(), strict=True)
         return module, deepseek.DeepseekV3RotaryEmbedding(theirs).to(self.place)
 
-    def steps(self, context: int, batch: int, forms: Sequence[str]) -> dict[str, Step]:
-        """A step behind `context` cached tokens for each form: x (B, 1, D) -> (B, 1, D)."""
+    def steps(
+        self, context: int, batch: int, forms: Sequence[str], queries: int = 1
+    ) -> dict[str, Step]:
+        """A step behind `context` cached tokens for each form: x (B, S, D) -> (B, S, D).
+
+        Forms that are not here are left out; transformers' take one query.
+        """
         numbers = torch.Generator(self.place).manual_seed(context)
         where = {"device": self.place, "dtype": self.dtype}
-        x = torch.randn(batch, 1, self.cfg.hidden_size, generator=numbers, **where)
-        latent = LatentCache.for_config(self.cfg, batch, context + 1, **where)
+        x = torch.randn(batch, queries, self.cfg.hidden_size, generator=numbers, **where)
+        latent = LatentCache.for_config(self.cfg, batch, context + queries, **where)
         c, r = self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim
         for count in _chunks(context):
             rows = torch.randn(batch, count, c + r, generator=numbers, **where)  # (B, T, C + R)
             latent.append(rows[..., :c], rows[..., c:])
-        made = {form: self._our_step(form, x, latent) for form in forms if form in OURS}
+        made = {form: self._our_step(form, x, latent) for form in forms if form in (*OURS, REBUILT)}
         named = {form: self.peers[form] for form in forms if form in self.peers}
         stored = _as_transformers_stores(latent, self.cfg) if named else ()
         made |= {form: _peer_step(*peer, x, stored) for form, peer in named.items()}
@@ -116,7 +111,7 @@ class Layer:
     def _our_step(self, form: str, x: Tensor, latent: LatentCache) -> Step:
         cache: Cache = self._expand(latent) if form == "expanded" else latent
         lengths = torch.full((len(x),), latent.longest)
-        absorb = form == "absorbed"
+        absorb = None if form == REBUILT else form == "absorbed"
         return Step(
             lambda: self.ours(x, cache, absorb=absorb), lambda: cache.trim(lengths), cache.nbytes
         )
@@ -196,7 +191,7 @@ def fitting(
 
 
 def _cache_of(form: str) -> str:
-    return "latent" if form in ("absorbed", "reexpanded") else form.split()[0]
+    return "latent" if form in ("absorbed", "reexpanded") else form.split()[0]  # shared or not
 
 
 def _cache_elements(cfg: ModelConfig, form: str) -> int:

@@ -163,7 +163,9 @@ class Lesson:
     def verdict(self, at):
         """A cell's verdict: its status, after making sure that the page shows it in words."""
         cell = nbformat.from_dict({"cells": [self.cells()[at]]})  # one cell, read as a lesson
-        (verdict,) = solve.verdicts(cell).values()
+        verdicts = list(solve.verdicts(cell).values())
+        assert verdicts, f"no verdict stands beneath the cell: {cell.cells[0].outputs}"
+        verdict = verdicts[0]
         label = verdict["status"].replace("_", " ").upper()
         self.show(at).get_by_text(f"[{label}]").first.wait_for(timeout=5000)
         return verdict["status"]

@@ -96,7 +96,7 @@ def _rotated_latent(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> Tensor:
 
 FIND_THE_BUG = Exercise(
     name="attention.find_the_bug",
-    reference="dsv3_tutorial.attention.mla:latent_attention",
+    reference="dsv3_tutorial.attention.latent:latent_attention",
     cases=[
         Case("prefill, S = T", _attention_case(0, 5, 5)),
         Case("decode, S = 1", _attention_case(1, 1, 6)),

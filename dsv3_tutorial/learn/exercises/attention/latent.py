@@ -42,7 +42,7 @@ def _layer_norm(x, kv_a_weight, norm_weight, eps=1e-6, bias=None):
 
 COMPRESS = Exercise(
     name="attention.compress",
-    reference="dsv3_tutorial.attention.mla:compress",
+    reference="dsv3_tutorial.attention.latent:compress",
     cases=[
         Case("C 8, R 4", _compress_case(0, 12, 8, 4)),
         Case("C 4, R 8", _compress_case(1, 6, 4, 8)),

@@ -56,7 +56,7 @@ _SCORE_CASES = [
 
 EXPANDED_SCORES = Exercise(
     name="attention.expanded_scores",
-    reference="dsv3_tutorial.attention.mla:expanded_scores",
+    reference="dsv3_tutorial.attention.latent:expanded_scores",
     cases=_SCORE_CASES,
     hints=[
         'Keys first: torch.einsum("btc,hnc->bthn", c_kv, w_uk).',
@@ -104,7 +104,7 @@ def _rebuilt_keys(q_nope, q_rope, c_kv, k_rope, w_uk):
 
 ABSORBED_SCORES = Exercise(
     name="attention.absorbed_scores",
-    reference="dsv3_tutorial.attention.mla:absorbed_scores",
+    reference="dsv3_tutorial.attention.latent:absorbed_scores",
     cases=_SCORE_CASES,
     hints=[
         "Which letter of q_nope and w_uk must disappear before any T comes in? N.",
@@ -163,7 +163,7 @@ def _plain_mean(probs, c_kv, w_uv):
 
 ABSORBED_VALUES = Exercise(
     name="attention.absorbed_values",
-    reference="dsv3_tutorial.attention.mla:absorbed_values",
+    reference="dsv3_tutorial.attention.latent:absorbed_values",
     cases=[
         Case("prefill, S = T", _values_case(0, 4, 4)),
         Case("decode, S = 1", _values_case(1, 1, 7)),
