@@ -53,12 +53,18 @@ def run(folder: Path | None, quick: bool = False) -> None:
     ceilings = machine.measure(4.0, "cuda")
     device = Device("cuda", timing.gpu_timer(), ceilings)
     print("\n".join(machine.lines(ceilings)))
-    sizes, cfg = QUICK if quick else Sizes(), ModelConfig.named("deepseek-v3")
+    print(record(ModelConfig.named("deepseek-v3"), QUICK if quick else Sizes(), device, folder))
+
+
+def record(cfg: ModelConfig, sizes: Sizes, device: Device, folder: Path | None) -> Path | None:
+    """Both tables, each cell kept as soon as it is measured; the file, None if nothing fitted."""
+    path = None
     with torch.no_grad():
         for rows in chain(kernel_rows(cfg, sizes, device), layer_rows(cfg, sizes, device)):
-            print(*map(words, rows), sep="\n", flush=True)
+            for row in rows:
+                print(words(row), flush=True)
             path = receipts.append("attention", rows, folder=folder)
-    print(path)
+    return path
 
 
 def kernel_rows(cfg: ModelConfig, sizes: Sizes, device: Device) -> Iterator[list[Receipt]]:

@@ -49,6 +49,7 @@ def variants() -> dict[str, ModelConfig]:
 _SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps"),
+    "initializer_range",
 )
 
 
@@ -94,11 +95,11 @@ def _receipt(name: str, cfg: ModelConfig, seed: int, row: dict) -> receipts.Rece
 def main(argv: list[str] | None = None) -> int:
     """Run what has no receipt yet, seed by seed, so that an interrupted run can be taken up."""
     parser = argparse.ArgumentParser(prog="python -m dsv3_tutorial bench learning")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds a variant (default 3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--out", type=Path, help="folder of the receipts (default data/measured)")
     options = parser.parse_args(argv)
     text = corpus.load()
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for name, cfg in variants().items():
             if _done(name, seed, options.out):
                 continue

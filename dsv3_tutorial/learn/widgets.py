@@ -28,6 +28,7 @@ class Explorer(w.VBox):
         self._draw, self._say, self._controls = draw, say, controls
         self._image, self._caption = w.Image(format="png"), w.HTML()
         self._image.layout.max_width = "100%"
+        self._image.layout.align_self = "flex-start"  # a box stretches what it holds
         for control in controls.values():
             control.observe(self.update, names="value")
         super().__init__([*controls.values(), self._image, self._caption])

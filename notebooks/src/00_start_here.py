@@ -13,9 +13,20 @@
 # **How to run a cell:** click into it and press Shift+Enter. *Run, Run All Cells* works too: no lesson needs an exercise to be solved.
 
 # %% id="setup"
+from __future__ import annotations
+
 from dsv3_tutorial import hardware
 from dsv3_tutorial.bench import machine
-from dsv3_tutorial.learn import exercise, explore, hint, live_seconds, predict, progress, reveal, term
+from dsv3_tutorial.learn import (
+    exercise,
+    explore,
+    hint,
+    live_seconds,
+    predict,
+    progress,
+    reveal,
+    term,
+)
 from dsv3_tutorial.learn.figures import start as figures
 
 # %% [markdown] id="wall"
@@ -102,6 +113,7 @@ explore(
 # A job computes `flops` operations and moves `bytes` bytes. Both go on at the same time. Return the least time it can take on `chip`,
 # in seconds: `chip.rate(fmt)` is its FLOP/s in a format, `chip.bandwidth()` its bytes per second.
 
+
 # %% id="first-exercise" tags=["exercise"]
 @exercise("start.time_s")
 def time_s(flops, bytes, chip, fmt="bf16"): ...
@@ -111,6 +123,7 @@ def time_s(flops, bytes, chip, fmt="bf16"): ...
 # `[NOT ATTEMPTED]` means that the body is still `...`. Below are the two verdicts that you meet on the way. First, an answer that is wrong:
 # the verdict says on which case, and it often knows the mistake.
 
+
 # %% id="demo-not-yet" tags=["demonstration"]
 @exercise("start.time_s")
 def wrong(flops, bytes, chip, fmt="bf16"):
@@ -119,6 +132,7 @@ def wrong(flops, bytes, chip, fmt="bf16"):
 
 # %% [markdown] id="verdict-raised"
 # Second, an answer that raises an error. You get the error and its line, not a page of traceback. A loop that never ends is stopped, too.
+
 
 # %% id="demo-raised" tags=["demonstration"]
 @exercise("start.time_s")

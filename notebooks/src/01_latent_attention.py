@@ -14,8 +14,7 @@
 #
 # *75 minutes. You need PyTorch, matrix products, and an idea of what attention does.
 # If a cell of this course is new to you, lesson 0 shows in ten minutes how exercises and predictions work.*
-
-# %% [markdown] id="letters"
+#
 # **Letters.** Shapes use one set of letters through the whole course.
 #
 # | | | | |
@@ -27,13 +26,30 @@
 # DeepSeek-V3: `D` 7168, `H` 128, `N` 128, `R` 64, `V` 128, `C` 512, `Q` 1536, and 61 layers.
 
 # %% id="setup"
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch
 
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.learn import exercise, explore, fails, live_seconds, predict, progress, reveal, term
-from dsv3_tutorial.learn.figures import cache_size, decode_speed, latent_flow, learning_curves, paper_tables
+from dsv3_tutorial.learn import (
+    exercise,
+    explore,
+    fails,
+    live_seconds,
+    predict,
+    progress,
+    reveal,
+    term,
+)
+from dsv3_tutorial.learn.figures import (
+    cache_size,
+    decode_speed,
+    latent_flow,
+    learning_curves,
+    paper_tables,
+)
 
 v3 = ModelConfig.named("deepseek-v3")
 
@@ -41,10 +57,8 @@ v3 = ModelConfig.named("deepseek-v3")
 # ## 1 · The bottleneck: one token reads everything
 #
 # To write one token, the GPU reads each weight that takes part, once. It also reads, in every layer, the key and the value
-# of every earlier token. Those keys and values are computed once and kept: that is the KV cache.
-
-# %% id="term-kv-cache"
-term("KV cache")
+# of every earlier token. Those keys and values are computed once and kept: that is the **KV cache**. (`term("KV cache")` in a cell explains it again;
+# so it does for every word in the glossary.)
 
 # %% [markdown] id="predict-mha"
 # **Predict.** Suppose DeepSeek-V3 cached whole keys and values, as multi-head attention (MHA) does: 61 layers, 128 heads,
@@ -123,18 +137,6 @@ for context in (4096, 8192, 16384):
 # The claim is false. Memory doubles with the context; the *work* over a whole sequence quadruples, because each token looks
 # at each earlier one. Attention has two costs, and they grow differently. A cache attacks the first.
 #
-# **Claim check.** *"Set the latent to an eighth of the model's width."*
-
-# %% id="run-eighth"
-for name in ("deepseek-v2-lite", "moonlight-16b-a3b", "deepseek-v2", "deepseek-v3"):
-    cfg = ModelConfig.named(name)
-    print(
-        f"{name:18} hidden {cfg.hidden_size:5}  latent {cfg.kv_lora_rank} = hidden / {cfg.hidden_size / cfg.kv_lora_rank:g}"
-    )
-# %% [markdown] id="verdict-eighth"
-# The same 512 serves a width of 2,048 and one of 7,168. DeepSeek ties the latent to the *head*: 512 is four times the head
-# width 128, and the rotary key is half of it. The rule of an eighth would give V3 a latent of 896.
-#
 # **Claim check.** A sketch of MLA that circulates has three projections: queries to `D`, keys to a latent, values to a
 # latent. Here it is, as published. `fails` shows the error that a cell must raise.
 
@@ -183,22 +185,9 @@ import torch.nn.functional as F
 def compress(x, kv_a_weight, norm_weight, eps=1e-6, bias=None): ...
 
 
-# %% [markdown] id="why-joint"
-# Keys and values share *one* latent: 256 numbers for each would cost as much and give each half the freedom. What does it mean that
-# all heads read from so few numbers? A toy with four heads, keys of width 12 and a latent of 16:
-
-# %% id="rank"
-torch.manual_seed(0)
-x = torch.randn(4, 6, 64)  # (B, S, D), a toy of width 64
-c_kv, k_rope = compress(x, torch.randn(16 + 8, 64) / 8, torch.ones(16))
-w_uk = torch.randn(4, 12, 16)  # (H, N, C): four heads' keys from one latent of 16
-keys = torch.einsum("btc,hnc->bthn", c_kv, w_uk).flatten(2)  # (B, T, H * N)
-print("numbers in all keys of a token:", keys.shape[-1])
-print("rank of what they can be:      ", torch.linalg.matrix_rank(keys.flatten(0, 1)).item())
-
-# %% [markdown] id="rank-words"
-# Four heads of width 12 make 48 numbers, but only 16 of them are free. MLA bets that the keys and values of a token were never
-# 32,768 free numbers. The bet is tested in section 3.
+# %% [markdown] id="rotate-text"
+# Keys and values come from *one* latent, so all heads share its 512 numbers. MLA bets that a token's 32,768 keys and values were never that many free numbers.
+# Section 3 tests the bet.
 #
 # ### Exercise 1.3 · Rotate
 #
@@ -213,6 +202,7 @@ print("rank of what they can be:      ", torch.linalg.matrix_rank(keys.flatten(0
 # | `x` | (B, S, H, R) | queries or keys |
 # | `cos`, `sin` | (S, R / 2) | one angle per position and pair, shared by all heads |
 # | returns | (B, S, H, R) | each pair turned where it stands |
+
 
 # %% id="rotate" tags=["exercise"]
 @exercise("attention.rotate")
@@ -276,6 +266,7 @@ for distance in (0, 1, 4, 16):
 # | `w_uk` | (H, N, C) | each head's key matrix |
 # | returns | (B, H, S, T) | the scores |
 
+
 # %% id="expanded-scores" tags=["exercise"]
 @exercise("attention.expanded_scores")
 def expanded_scores(q_nope, q_rope, c_kv, k_rope, w_uk): ...
@@ -288,6 +279,7 @@ def expanded_scores(q_nope, q_rope, c_kv, k_rope, w_uk): ...
 #
 # The same scores, and no key is made. Contract the query with `w_uk` first, over `N`: the query is now `C` wide. Then take its
 # product with the latent.
+
 
 # %% id="absorbed-scores" tags=["exercise"]
 @exercise("attention.absorbed_scores")
@@ -309,6 +301,7 @@ def absorbed_scores(q_nope, q_rope, c_kv, k_rope, w_uk): ...
 # | `w_uv` | (H, V, C) | each head's value matrix |
 # | returns | (B, S, H, V) | each head's output |
 
+
 # %% id="absorbed-values" tags=["exercise"]
 @exercise("attention.absorbed_values")
 def absorbed_values(probs, c_kv, w_uv): ...
@@ -323,6 +316,9 @@ def absorbed_values(probs, c_kv, w_uv): ...
 predict("attention.more_arithmetic", ..., unit="x")
 predict("attention.fewer_bytes", ..., unit="x")
 
+# %% [markdown] id="measure-cost"
+# **Measure.** The cost model counts both, per head and cached token.
+
 # %% id="reveal-cost"
 from dsv3_tutorial.cost import attention as attention_cost
 
@@ -334,7 +330,7 @@ reveal("attention.fewer_bytes", elements(v3, "expanded") / elements(v3, "absorbe
 # That is the trade, and it sounds like a bad one until you remember section 1: in decode the machine waits for memory, and its
 # arithmetic is idle. Three times more of what is free buys seventy times less of what is scarce.
 #
-# The package's `MLA` layer does both with one set of weights, with norms, masks and caches around the functions that you wrote. Do they agree?
+# The package's `MLA` layer does both with one set of weights, with norms, masks and caches around the functions that you wrote. Do the two forms agree? And does one token at a time, over a cache that really holds only the latent, give the same again?
 
 # %% id="agree"
 from dsv3_tutorial.attention.cache import LatentCache
@@ -346,16 +342,16 @@ layer, text = MLA(cfg).double(), torch.randn(2, 40, cfg.hidden_size, dtype=torch
 with torch.no_grad():
     expanded, absorbed = layer(text, absorb=False), layer(text, absorb=True)
 print("absorbed = expanded to 1e-12:", torch.allclose(expanded, absorbed, rtol=0, atol=1e-12))
-
-# %% [markdown] id="agree-decode"
-# And token by token, with a cache that really holds only the latent?
-
-# %% id="agree-decode-run"
 cache = LatentCache.for_config(cfg, batch=2, capacity=40, dtype=torch.float64)
 with torch.no_grad():
     steps = [layer(text[:, [i]], cache=cache) for i in range(40)]
-print("40 steps = one pass to 1e-12: ", torch.allclose(torch.cat(steps, 1), expanded, rtol=0, atol=1e-12))
-print(f"cache: {cache.nbytes:,} bytes = 2 sequences x 40 tokens x {cfg.kv_lora_rank + cfg.qk_rope_head_dim} numbers x 8")
+print(
+    "40 steps = one pass to 1e-12: ",
+    torch.allclose(torch.cat(steps, 1), expanded, rtol=0, atol=1e-12),
+)
+print(
+    f"cache: {cache.nbytes:,} bytes = 2 sequences x 40 tokens x {cfg.kv_lora_rank + cfg.qk_rope_head_dim} numbers x 8"
+)
 
 # %% [markdown] id="learns"
 # ## 3 · Does it still learn?
@@ -370,17 +366,17 @@ print(f"cache: {cache.nbytes:,} bytes = 2 sequences x 40 tokens x {cfg.kv_lora_r
 variants = ["MHA", "GQA, 2 groups", "MQA", "MLA, latent 96 + 32", "MLA, latent 48 + 16"]
 predict("attention.learns_best", ..., options=variants)
 
+# %% [markdown] id="measure-learning"
+# **Measure.** The receipt: a table, the curves with the band of their seeds, and where each run ended against its cache.
+
 # %% id="figure-learning"
-learning_curves.learning()
-
-# %% [markdown] id="learning-words"
-# LEARNING WORDS
-
-# %% id="learning-table"
 reveal("attention.learns_best", learning_curves.best_learner())
 learning_curves.learning_table()
+learning_curves.learning()
 
 # %% [markdown] id="live"
+# LEARNING WORDS
+#
 # **Measure.** Train the MLA variant here, for the time that you have (45 seconds unless `DSV3_LIVE_SECONDS` says otherwise), on your
 # interpreter's own library, and see it drawn over the recorded band. The seed is new, so the line is new.
 
@@ -424,7 +420,11 @@ decode_speed.decode_receipts()
 decode_speed.where_absorbing_pays("h800")
 
 # %% [markdown] id="map-words"
-# MAP WORDS
+# On the left, one new token. Towards the lower left the layer's own weights are most of what is read, and a smaller cache gains little; past the dashed line the cache
+# dominates, and absorbing approaches the 71 of the bytes. In decode it never loses on this chip. On the right, many new tokens at once, against expanding the latent
+# again: every new token pays the longer product, while the expansion is paid once for all. Above about 170 new tokens absorbing loses. So a long prompt
+# (*prefill*) is expanded and each written token absorbed, which is what `MLA` does when you do not ask for one form. The batch does not move that line: both sides
+# grow with it.
 
 # %% [markdown] id="paper"
 # ## 5 · The paper's numbers
@@ -457,11 +457,10 @@ paper_tables.mla_ratios()
 # %% id="progress"
 progress()
 
-# %% [markdown] id="next"
-# Next on the path is lesson 4, the sparse experts. What follows here goes further: three more exercises, the kernel, and a map to play with.
-
 # %% [markdown] id="further"
 # ## Further
+#
+# Next on the path is lesson 4, the sparse experts. What follows here goes further: three more exercises, a map to play with, and the kernel.
 #
 # ### Splitting heads over GPUs
 #
@@ -474,6 +473,7 @@ progress()
 #
 # Return the bytes one token leaves on *each* GPU when the heads are dealt out over `tensor_parallel` GPUs. A GPU cannot hold less than one
 # key-value head: beyond that, heads are copied.
+
 
 # %% id="cache-per-gpu" tags=["exercise"]
 @exercise("attention.cache_per_gpu")
@@ -500,6 +500,7 @@ paper_tables.cache_per_gpu(cache_bytes_per_gpu)
 # the slow rotations by `factor`. That flattens the scores, and YaRN sharpens them again: query and key are each multiplied by
 # $m = 0.1 \cdot \mathrm{mscale\_all\_dim} \cdot \ln(\mathrm{factor}) + 1$.
 # Return what the scores are multiplied by.
+
 
 # %% id="softmax-scale" tags=["exercise"]
 @exercise("attention.softmax_scale")
@@ -559,7 +560,35 @@ explore(
     say=decode_speed.absorption_cost_in_words,
 )
 
-# %% [markdown] id="kernel"
+# %% [markdown] id="joint"
+# ### What a shared latent means
+#
+# A toy with four heads, keys of width 12 and a latent of 16. How many numbers of a token's keys are free?
+
+# %% id="rank"
+torch.manual_seed(0)
+x = torch.randn(4, 6, 64)  # (B, S, D), a toy of width 64
+c_kv, k_rope = compress(x, torch.randn(16 + 8, 64) / 8, torch.ones(16))
+w_uk = torch.randn(4, 12, 16)  # (H, N, C): four heads' keys from one latent of 16
+keys = torch.einsum("btc,hnc->bthn", c_kv, w_uk).flatten(2)  # (B, T, H * N)
+print("numbers in all keys of a token:", keys.shape[-1])
+print("rank of what they can be:      ", torch.linalg.matrix_rank(keys.flatten(0, 1)).item())
+
+# %% [markdown] id="joint-words"
+# Four heads of width 12 make 48 numbers, but only 16 of them are free: every head reads the same 16 in its own way.
+#
+# **Claim check.** *"Set the latent to an eighth of the model's width."*
+
+# %% id="run-eighth"
+for name in ("deepseek-v2-lite", "moonlight-16b-a3b", "deepseek-v2", "deepseek-v3"):
+    cfg = ModelConfig.named(name)
+    print(
+        f"{name:18} hidden {cfg.hidden_size:5}  latent {cfg.kv_lora_rank} = hidden / {cfg.hidden_size / cfg.kv_lora_rank:g}"
+    )
+# %% [markdown] id="verdict-eighth"
+# The same 512 serves a width of 2,048 and one of 7,168. DeepSeek ties the latent to the *head*: 512 is four times the head
+# width 128, and the rotary key is half of it. The rule of an eighth would give V3 a latent of 896.
+#
 # ### The kernel
 #
 # On a GPU the package runs decode in one Triton kernel. A block of heads shares each read of the latent; the cached tokens are split over the multiprocessors,

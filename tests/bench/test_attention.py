@@ -255,6 +255,15 @@ def test_the_gpu_part_measures_the_whole_layer(toy_device):
     assert {r.shapes["form"] for r in cells[0]} >= set(OURS)
 
 
+def test_the_gpu_part_keeps_every_cell_as_a_receipt(toy_device, tmp_path, capsys):
+    path = attention_gpu.record(TINY, TOY, toy_device, tmp_path)
+    rows = receipts.read("attention", folder=tmp_path)
+    assert path == tmp_path / "attention.jsonl"
+    assert len([r for r in rows if r.what == "decode kernel"]) == 8 * 4
+    assert len([r for r in rows if r.what == "decode step"]) >= 2 * len(OURS)
+    assert len(capsys.readouterr().out.splitlines()) >= len(rows)
+
+
 def test_a_size_that_runs_out_of_memory_is_left_out_with_a_line(toy_device, monkeypatch, capsys):
     def kernel(q, latent, lengths, rank, scale, backend):
         if latent.shape[1] == 40:
