@@ -36,9 +36,9 @@ class Plan:
     short: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)  # where absorbed may lose
     queries: tuple[int, ...] = (16, 64, 128, 192, 256, 384, 512)
     behind: int = 2048  # cached tokens behind those queries
-    repeats: int = 9
+    repeats: int = 7
     short_repeats: int = 61
-    seconds: float = 45.0
+    seconds: float = 30.0
     limit: float = 6 * 2**30
 
 

@@ -98,13 +98,29 @@ def _verdicts(config: str, batch: int, rows: list[Receipt]) -> list[str]:
             ratio = slopes[form].value / slopes["absorbed"].value
             reached = "reached" if ratio >= target else "not reached"
             text.append(
-                f"  {form} takes {ratio:.0f}x absorbed's time per cached token; "
+                f"  {form} takes {ratio:.1f}x absorbed's time per cached token; "
                 f"target {target:.0f}x: {reached}"
             )
-    for r in rows:
-        if r.what == "crossover":
-            text.append(f"  absorbed against {r.shapes['against']}: {_crossover_words(r)}")
+    found = [r for r in rows if r.what == "crossover"]
+    text += [f"  absorbed against {r.shapes['against']}: {_crossover_words(r)}" for r in found]
+    if all(r.shapes["against"] != "expanded" for r in found):
+        text += _no_crossover_words(rows)
     return text
+
+
+def _no_crossover_words(rows: list[Receipt]) -> list[str]:
+    """One line on the form that keeps every head, if absorbed lies on one side of it throughout."""
+    steps = [r for r in rows if r.what == "decode step"]
+    ours, other = (
+        {r.shapes["context"]: r.value for r in steps if r.shapes["form"] == form}
+        for form in ("absorbed", "expanded")
+    )
+    both = sorted(set(ours) & set(other))
+    sides = {"faster" if ours[size] < other[size] else "slower" for size in both}
+    if len(sides) != 1:
+        return []
+    size = f"{both[0]:,} to {both[-1]:,} cached tokens"
+    return [f"  absorbed against expanded: {sides.pop()} at every size measured, {size}"]
 
 
 def _crossover_words(r: Receipt) -> str:

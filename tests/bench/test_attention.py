@@ -37,8 +37,9 @@ def small_layer():
     return Layer(SMALL)
 
 
-def test_every_form_computes_what_the_reference_attention_computes(small_layer):
-    steps = small_layer.steps(200, 2, (*OURS, attention_steps.REBUILT))
+@pytest.mark.parametrize("context", [1, 200, 2100])  # 2100: filled and read in three pieces
+def test_every_form_computes_the_same(small_layer, context):
+    steps = small_layer.steps(context, 2, (*OURS, attention_steps.REBUILT))
     assert attention_steps.check_agreement(steps, 1e-5) > 0
     assert set(steps) == {*OURS, attention_steps.REBUILT}
 
@@ -198,23 +199,40 @@ def test_the_table_puts_the_targets_beside_what_was_reached(quick):
         assert "target 35x: " in printed and "target 60x: " in printed
 
 
-def test_a_target_is_reached_from_its_own_ratio_on():
-    def row(form, seconds):
-        shapes = {"config": "small", "form": form, "batch": 1, "contexts": [1, 2]}
-        return receipts.Receipt(
-            what="time per cached token",
-            shapes={**shapes, "cache_bytes_per_token": 640},
-            value=seconds,
-            unit="s",
-            spread={"min": seconds, "max": seconds},
-            repeats=1,
-            **machine.here(),
-        )
+def receipt(what, form, seconds, **shapes):
+    return receipts.Receipt(
+        what=what,
+        shapes={"config": "small", "form": form, "batch": 1, **shapes},
+        value=seconds,
+        unit="s",
+        spread={"min": seconds, "max": seconds},
+        repeats=1,
+        **machine.here(),
+    )
 
-    rows = [row("absorbed", 1.0), row("transformers sdpa", 35.0), row("transformers eager", 34.0)]
-    said = "\n".join(attention_table.lines(rows))
-    assert "transformers sdpa takes 35x" in said and "35x: reached" in said
-    assert "transformers eager takes 34x" in said and "35x: not reached" in said
+
+def slope_of(form, seconds):
+    shapes = {"contexts": [16, 32], "cache_bytes_per_token": 640}
+    return receipt("time per cached token", form, seconds, **shapes)
+
+
+def test_a_target_is_reached_from_its_own_ratio_on():
+    ratios = {"absorbed": 1.0, "transformers sdpa": 35.0, "transformers eager": 34.0}
+    said = "\n".join(attention_table.lines([slope_of(*pair) for pair in ratios.items()]))
+    assert "transformers sdpa takes 35.0x" in said and "35x: reached" in said
+    assert "transformers eager takes 34.0x" in said and "35x: not reached" in said
+
+
+@pytest.mark.parametrize(
+    "late, said", [(3.0, "faster at every size measured, 16 to 32"), (1.0, "")]
+)
+def test_no_crossover_is_claimed_to_be_missing_unless_it_is(late, said):
+    times = {"absorbed": (1.0, 2.0), "expanded": (2.0, late)}
+    rows = [slope_of("absorbed", 1.0)]
+    for form, (near, far) in times.items():
+        rows += [receipt("decode step", form, t, context=c) for c, t in ((16, near), (32, far))]
+    lines = [line for line in attention_table.lines(rows) if "against" in line]
+    assert len(lines) == bool(said) and said in "".join(lines)
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_wrong_usage(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The loop: it learns, it repeats, and it stops before a broken loss reaches the weights."""
 
+import itertools
 import math
 
 import pytest
@@ -61,7 +62,7 @@ def test_the_learning_rate_warms_up_peaks_and_falls_to_its_floor():
     schedule = loop.Schedule(steps=100, warmup=10, peak_lr=1.0, final_lr=0.1)
     rates = [schedule.learning_rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0.1)
 
 

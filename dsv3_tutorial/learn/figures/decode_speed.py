@@ -150,6 +150,42 @@ def _sized(rank: int, head_dim: int, heads: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def decode_receipts() -> None:
-    """Print the recorded decode steps, ours and transformers', per cached token."""
-    raise NotImplementedError(receipts)
+def decode_ratios() -> None:
+    """Print how many times absorbed's time per cached token the other recorded forms take."""
+    slopes = [r for r in _recorded() if r.what == "time per cached token"]
+    peers = ("expanded", "reexpanded", "transformers eager", "transformers sdpa")
+    print(f"{'x absorbed, per token':24}" + "".join(f"{peer:>20}" for peer in peers))
+    for config, batch in dict.fromkeys((r.shapes["config"], r.shapes["batch"]) for r in slopes):
+        here = {
+            r.shapes["form"]: r.value
+            for r in slopes
+            if (r.shapes["config"], r.shapes["batch"]) == (config, batch)
+        }
+        ratios = "".join(f"{here[peer] / here['absorbed']:>19.1f}x" for peer in peers)
+        print(f"{f'{config}, batch {batch}':24}{ratios}")
+
+
+def decode_recorded() -> Figure:
+    """The recorded CPU decode steps at batch 1, at both sizes, with transformers beside ours."""
+    steps = [r for r in _recorded() if r.what == "decode step" and r.shapes["batch"] == 1]
+    forms = ("transformers sdpa", *FORMS)
+    fig, panels = figure(11.5, 4.4, columns=2)
+    for ax, config in zip(panels, ("small", "v3-like"), strict=True):
+        here = [r for r in steps if r.shapes["config"] == config and r.shapes["context"] >= 1024]
+        for index, form in enumerate(forms):
+            line = sorted(
+                (r.shapes["context"], r.value * 1e3) for r in here if r.shapes["form"] == form
+            )
+            ax.plot(*zip(*line, strict=True), label=FORMS.get(form, form), **series(index))
+        plain_log(ax.xaxis, 2)
+        plain_log(ax.yaxis)
+        at = {r.shapes["form"]: r.value for r in here if r.shapes["context"] == 8192}
+        ratio = at["transformers sdpa"] / at["absorbed"]
+        title = f"{config}: {ratio:.0f}x faster at 8,192 tokens"
+        finish(fig, ax, title, "cached tokens", "ms a step, one layer", legend=config == "small")
+    note(fig, f"process CPU time, float32; {receipts.caption(steps)}")
+    return fig
+
+
+def _recorded() -> list[receipts.Receipt]:
+    return receipts.latest("attention", device_kind="cpu")

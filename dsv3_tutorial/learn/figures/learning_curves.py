@@ -92,7 +92,7 @@ def learning_live(rows: Sequence[Any]) -> Figure:
     held = [(row.step, row.held_out) for row in rows if row.held_out is not None]
     ax.plot(*zip(*held, strict=True), "D", color="#D55E00", label="this run, held out")
     ax.set_xlim(0, max(at[-1] // 3, rows[-1].step * 1.1))
-    ax.set_ylim(min(low) - 0.1, 6)
+    ax.set_ylim(min(low) - 0.1, 8.2)
     step, value = held[-1]
     return finish(
         fig, ax, f"{step:,} steps here: {value:.2f} bits per byte", "steps", "bits per byte"

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
 
 DPI = 100
 COMPUTE, MEMORY, COMMUNICATION, IDLE = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
@@ -25,9 +26,13 @@ class CourseFigure(Figure):
     """A Figure that shows itself: PNG at 100 dpi, and as text its title."""
 
     def png(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
+        """The picture in 128 colours: a third of the bytes, and no difference to see."""
+        drawn, packed = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+        with Image.open(drawn) as picture:
+            flat = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+            flat.save(packed, format="png", optimize=True)
+        return packed.getvalue()
 
     def __str__(self) -> str:
         titles = [axes.get_title(loc) for axes in self.axes for loc in ("left", "center")]
