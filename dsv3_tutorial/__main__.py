@@ -23,7 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     1 with the message, without a traceback, for an error of this package's own; 2 for wrong usage
     (argparse exits); 130 for an interrupt. Anything else is a bug, and keeps its traceback.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, options.rest = parser.parse_known_args(argv)
+    if options.rest and (options.run is not _bench or len(options.names) != 1):
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="JSON on standard output")
     doctor.add_argument("--quick", action="store_true", help="measure nothing")
 
-    bench = _command(commands, "bench", _bench, "measure, and keep receipts")
+    bench = _command(commands, "bench", _bench, "measure, and keep receipts; one NAME takes its own options")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
     bench.add_argument("--list", action="store_true", help="say which there are, and run none")
     bench.add_argument("--out", metavar="FOLDER", help="receipts go here (default: data/measured)")
@@ -94,7 +97,7 @@ def _bench(options: argparse.Namespace) -> int:
         return 0
     out = ["--out", options.out] if options.out else []
     for name in options.names or known:
-        importlib.import_module(known[name]).main(out)
+        importlib.import_module(known[name]).main([*options.rest, *out])  # its own options
     return 0
 
 

@@ -129,3 +129,14 @@ def test_a_receipt_that_cannot_be_kept_is_an_error_of_our_own(bench, capsys):
     bench(lambda: Receipt(*[None] * 11))
     assert cli.main(["bench"]) == 1
     assert "This receipt cannot be kept" in capsys.readouterr().err
+
+
+def test_one_benchmark_takes_its_own_options_and_two_do_not(bench, capsys):
+    calls = bench()
+    assert cli.main(["bench", "machine", "--seeds", "0", "1", "--out", "there"]) == 0
+    assert calls == [["--seeds", "0", "1", "--out", "there"]]
+    for wrong in (["bench", "--seeds", "0"], ["doctor", "--seeds", "0"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(wrong)
+        assert stopped.value.code == 2
+    assert "unrecognized arguments: --seeds" in capsys.readouterr().err

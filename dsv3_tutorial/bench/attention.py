@@ -211,10 +211,10 @@ def _bytes_per_token(by_context: dict[int, Receipt]) -> int:
 
 
 def _crossover(ours: dict[int, Receipt], other: dict[int, Receipt], unit: str) -> Iterator[Receipt]:
-    """Where the two take equally long, if they do at any size measured."""
+    """Where the two take equally long, if each is the faster somewhere by more than the spread."""
     mine, theirs = ({size: r.value for size, r in rows.items()} for rows in (ours, other))
     found = attention_table.crossing(mine, theirs)
-    if found is None:
+    if found is None or not (_ahead(ours, other) and _ahead(other, ours)):
         return
     last = max(mine)
     forms_ = ours[last].shapes["form"], other[last].shapes["form"]
@@ -224,6 +224,11 @@ def _crossover(ours: dict[int, Receipt], other: dict[int, Receipt], unit: str) -
     spread = {"min": found.low, "max": found.high}
     repeats = min(r.repeats for r in ours.values())
     yield _receipt("crossover", shapes, found.value, unit, spread, repeats)
+
+
+def _ahead(ours: dict[int, Receipt], other: dict[int, Receipt]) -> bool:
+    """Whether `ours` is the faster at some size, its upper quartile below the other's lower."""
+    return any(r.spread["q3"] < other[size].spread["q1"] for size, r in ours.items())
 
 
 def _receipt(

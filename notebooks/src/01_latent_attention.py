@@ -420,7 +420,7 @@ decode_speed.decode_recorded()
 
 # %% [markdown] id="receipts-words"
 # transformers 5 caches the latent, as we do, and expands it again at every step: a token costs it as much as our `reexpanded` form, dozens of times the absorbed one.
-# Its cache is as small; the difference is arithmetic alone. Against cached heads, absorbing reads 8 to 9 times fewer bytes and is 3 to 5 times faster, not 8: a CPU's
+# Its cache is as small; the difference is arithmetic alone. Against cached heads, absorbing reads 8 to 9 times fewer bytes and is 4 to 5 times faster, not 8: a CPU's
 # arithmetic is not as idle as a GPU's.
 #
 # **Predict.** On an H800, with V3's sizes: in which corner of batch and context does absorbing gain nothing? The next picture is *derived*: the roofline of one layer,
