@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="JSON on standard output")
     doctor.add_argument("--quick", action="store_true", help="measure nothing")
 
-    bench = _command(commands, "bench", _bench, "measure, and keep receipts; one NAME takes its own options")
+    bench = _command(
+        commands, "bench", _bench, "measure, and keep receipts; one NAME takes its own options"
+    )
     bench.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
     bench.add_argument("--list", action="store_true", help="say which there are, and run none")
     bench.add_argument("--out", metavar="FOLDER", help="receipts go here (default: data/measured)")

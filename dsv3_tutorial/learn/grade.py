@@ -20,7 +20,7 @@ from typing import Any
 
 from dsv3_tutorial.learn.registry import concepts, load
 from dsv3_tutorial.learn.show import MIME
-from dsv3_tutorial.learn.submission import code_cells, statements, submitted
+from dsv3_tutorial.learn.submission import code_cells, demonstrates, statements, submitted
 from dsv3_tutorial.learn.verdict import LABELS, NOT_ATTEMPTED, NOT_YET, PASSED
 
 UNREADABLE = "unreadable"
@@ -142,7 +142,7 @@ def _reported(notebook: Any) -> dict[str, dict[str, str]]:
     """The last verdict that each exercise displayed in the run."""
     found = {}
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
+        for output in [] if demonstrates(cell) else cell.get("outputs", []):
             verdict = output.get("data", {}).get(MIME)
             if isinstance(verdict, dict) and verdict.get("status") in LABELS:
                 name, message = str(verdict.get("exercise")), str(verdict.get("message", ""))

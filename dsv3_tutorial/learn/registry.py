@@ -17,6 +17,7 @@ from functools import cache
 from dsv3_tutorial.learn import exercises
 
 SECONDS = 10.0
+PATH = ("start", "attention", "moe", "fp8", "parallel", "inference", "codesign")  # recommended
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def concepts() -> list[str]:
 
 
 def every_exercise() -> list[Exercise]:
-    """All exercises of the course. Loads every module under `learn/exercises/`."""
-    return [exercise for concept in concepts() for exercise in load(concept).values()]
+    """All exercises of the course, along its path. Loads every module under `learn/exercises/`."""
+    path = sorted(concepts(), key=lambda concept: PATH.index(concept) if concept in PATH else 99)
+    return [exercise for concept in path for exercise in load(concept).values()]
 
 
 def find(name: str) -> Exercise:

@@ -24,8 +24,14 @@ Placed = tuple[int, ast.stmt]  # the index of a cell, and a statement in it
 def code_cells(notebook: dict[str, Any]) -> list[str]:
     """The sources of a notebook's code cells, as plain Python: lines of magics become comments."""
     cells = [c for c in notebook.get("cells", []) if c.get("cell_type") == "code"]
+    cells = [c for c in cells if not demonstrates(c)]
     sources = ["".join(cell.get("source", "")) for cell in cells]
     return ["\n".join(map(_no_magic, source.split("\n"))) for source in sources]
+
+
+def demonstrates(cell: dict[str, Any]) -> bool:
+    """Whether a cell shows a verdict of the lesson's own making: it is no one's answer."""
+    return "demonstration" in cell.get("metadata", {}).get("tags", [])
 
 
 def _no_magic(line: str) -> str:

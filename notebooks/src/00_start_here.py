@@ -8,7 +8,7 @@
 #
 # - seen why models and hardware must be designed together;
 # - measured what this machine can do, and drawn it as a roofline;
-# - made a prediction, solved an exercise, and met every verdict that an exercise can give.
+# - made a prediction, solved an exercise, and met the verdicts that an exercise can give.
 #
 # **How to run a cell:** click into it and press Shift+Enter. *Run, Run All Cells* works too: no lesson needs an exercise to be solved.
 
@@ -25,6 +25,7 @@ from dsv3_tutorial.learn import (
     predict,
     progress,
     reveal,
+    solution,
     term,
 )
 from dsv3_tutorial.learn.figures import start as figures
@@ -42,14 +43,14 @@ from dsv3_tutorial.learn.figures import start as figures
 predict("start.gap", ..., unit="x")
 
 # %% [markdown] id="measure-gap"
-# More than 1000 % a year is a factor of at least 11. Less than 50 % is a factor of at most 1.5.
+# More than 1000 % a year is a factor of at least 11. Less than 50 % is a factor of at most 1.5. So this is the least that the gap can be.
 
 # %% id="reveal-gap"
 reveal("start.gap", (11 / 1.5) ** 3)
 figures.memory_wall()
 
 # %% [markdown] id="wall-words"
-# The upper line is what models ask for, the lower what one GPU offers, and the scale is logarithmic. No purchase closes a gap that grows like this.
+# The upper line is what models ask for, the lower what one GPU offers, and the scale is logarithmic. Buying more GPUs closes it for a while, at a price that grows as fast.
 # Either the model changes to fit the machine, or the machine to fit the model. Doing both on purpose is **co-design**.
 #
 # The paper names three areas, and the course follows them:
@@ -80,17 +81,16 @@ figures.roofline(here, "fp32")
 # %% [markdown] id="roofline-words"
 # This drawing is called a **roofline**. On the slope, memory decides: the arithmetic units wait. On the flat part, arithmetic decides.
 # The three dots are kinds of work. A model that writes one token at a time (*decode*) uses each number that it reads about once, so it
-# stands far to the left. One that reads a long prompt (*prefill*) uses each number for every token of the prompt.
+# stands far to the left. One that reads a long prompt (*prefill*) uses each number for every token of the prompt. (The dots count weights alone; lesson 1 adds the other thing that is read.)
 #
-# The same drawing for the GPU that V3 was trained on, from its published numbers. Move the batch: how many tokens at once does it take
-# until the arithmetic is busy?
+# The same drawing for the GPU that V3 was trained on, from its published numbers:
 
 # %% id="figure-h800"
 figures.roofline(hardware.chip("h800"))
 
 # %% [markdown] id="explore-words"
-# The ridge of an H800 lies near 295 FLOP per byte: a weight of two bytes must serve about 295 tokens before the arithmetic decides. In the explorer,
-# the dot climbs the slope with the batch.
+# Move the batch in the explorer: how many tokens at once does it take until the arithmetic of an H800 is busy? The dot climbs the slope until it reaches the ridge, near 295: a weight
+# of two bytes must serve about 295 tokens.
 
 # %% id="explore-batch"
 explore(
@@ -163,8 +163,8 @@ reveal("start.tokens", 1 / seconds)
 print(f"arithmetic used: {2 * 37e9 / seconds / h800.rate('fp8'):.2%}")
 
 # %% [markdown] id="used"
-# About 90 tokens a second at best, with the arithmetic units idle for more than 99 % of the time. (V3 does not fit on one H800; spread over many, the
-# same limit holds for each share.) The weights are one half of what a token reads. Lesson 1 is about the other half.
+# About 90 tokens a second at best, with the arithmetic units idle for more than 99 % of the time. (V3's 671 GB do not fit on one H800. Spread over several, each reads its share at the same time,
+# and the bound rises with their number until the network decides: lesson 3.) Weights are one of the two things that a token reads. Lesson 1 is about the other.
 #
 # ## 4 · The map
 #

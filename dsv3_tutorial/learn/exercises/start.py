@@ -20,6 +20,10 @@ def _other_chip() -> tuple:
     return 5e12, 8e10, chip("h20"), "bf16"
 
 
+def _newer_chip() -> tuple:
+    return 3e13, 9e11, chip("b200"), "fp8"
+
+
 def _near_the_ridge() -> tuple:  # 300 FLOP per byte: both terms matter
     return 3e14, 1e12, chip("h100-sxm"), "bf16"
 
@@ -58,6 +62,7 @@ EXERCISES = [
             Case("near the ridge", _near_the_ridge),
             Case("FP8 on an H800", _other_format, hidden=True),
             Case("an H20", _other_chip, hidden=True),
+            Case("a B200", _newer_chip, hidden=True),
         ],
         hints=[
             "Find two times: how long the arithmetic takes alone, and the memory traffic alone.",

@@ -45,17 +45,17 @@ def data_flow() -> Figure:
     heads, rope = cfg.num_attention_heads, cfg.qk_rope_head_dim
     fig, ax = figure(10, 4.2)
     _box(ax, COLUMNS[0], 1.5, f"layer input\n{cfg.hidden_size:,}")
-    _box(ax, COLUMNS[1], 3, f"query latent\n{cfg.q_lora_rank:,}")
-    _box(ax, COLUMNS[1], 2, f"rotary key k_rope\n{rope}", kept=True)
-    _box(ax, COLUMNS[1], 0.5, f"latent c_kv\n{cfg.kv_lora_rank}", kept=True)
+    _box(ax, COLUMNS[1], 3, f"query latent\n{cfg.q_lora_rank:,}, normed")
+    _box(ax, COLUMNS[1], 2, f"rotary key k_rope\n{rope}, rotated", kept=True)
+    _box(ax, COLUMNS[1], 0.5, f"latent c_kv\n{cfg.kv_lora_rank}, normed", kept=True)
     _box(ax, COLUMNS[2], 3, f"queries\n{heads} x ({cfg.qk_nope_head_dim} + {rope})")
     _box(ax, COLUMNS[2], 1, f"keys\n{heads} x {cfg.qk_nope_head_dim}")
     _box(ax, COLUMNS[2], 0, f"values\n{heads} x {cfg.v_head_dim}")
     _box(ax, COLUMNS[3], 2, "scores\nper head")
-    _box(ax, COLUMNS[3], 0, f"outputs\n{heads} x {cfg.v_head_dim}")
-    for y, text in ((3, "down"), (2, "rotate"), (0.5, "norm")):
+    _box(ax, COLUMNS[3], 0, f"outputs, then W_O\n{heads} x {cfg.v_head_dim}")
+    for y, text in ((3, "W_DQ"), (2, "W_KR"), (0.5, "W_DKV")):
         _across(ax, 0, 1.5, 1, y, text)
-    _across(ax, 1, 3, 2, 3, "up")
+    _across(ax, 1, 3, 2, 3, "W_UQ")
     _across(ax, 1, 0.5, 2, 1, "W_UK")
     _across(ax, 1, 0.5, 2, 0, "W_UV")
     for column, y, text in ((2, 3, ""), (1, 2, "one for all heads"), (2, 1, "")):

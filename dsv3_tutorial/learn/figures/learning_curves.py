@@ -1,7 +1,7 @@
 """The recorded runs of five attentions on real text, and a live run drawn over them."""
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -31,6 +31,13 @@ def best_learner() -> str:
     """The variant with the lowest mean held-out loss at the end."""
     ends = final()
     return min(ends, key=lambda variant: mean(ends[variant]))
+
+
+def paired(found: Runs | None = None, base: str = "MHA") -> dict[str, tuple[float, float]]:
+    """Each variant's loss at the end minus `base`'s with the same seed: mean and standard error."""
+    ends = {v: {r.shapes["seed"]: r.value for r in s[max(s)]} for v, s in (found or runs()).items()}
+    gaps = {v: [ends[v][seed] - ends[base][seed] for seed in ends[v]] for v in ends if v != base}
+    return {v: (mean(gap), stdev(gap) / len(gap) ** 0.5) for v, gap in gaps.items()}
 
 
 def spreads(ends: dict[str, list[float]]) -> tuple[float, float]:
@@ -66,16 +73,31 @@ def learning() -> Figure:
 
 
 def learning_table() -> None:
-    """Print each variant's cache, parameters and held-out loss at the end, best first."""
+    """Print each variant's cache and held-out loss, best first, and its paired gap to MHA."""
     found = runs()
-    ends = final(found)
-    print(f"{'attention':22}{'cached':>7}{'parameters':>12}{'bits per byte':>15}   seeds")
+    ends, gaps = final(found), paired(found)
+    shapes = {v: steps[max(steps)][0].shapes for v, steps in found.items()}
+    print(f"{'attention':22}{'cached':>7}{'parameters':>12}{'bits/byte':>11}   minus MHA, paired")
     for variant in sorted(ends, key=lambda v: mean(ends[v])):
-        shapes = found[variant][max(found[variant])][0].shapes
-        low, high = min(ends[variant]), max(ends[variant])
-        cached = shapes["cache_elements_per_token"]
-        numbers = f"{cached:>7,}{shapes['parameters']:>12,}{mean(ends[variant]):>15.3f}"
-        print(f"{variant:22}{numbers}   {low:.3f} to {high:.3f} ({len(ends[variant])})")
+        shape = shapes[variant]
+        sizes = f"{shape['cache_elements_per_token']:>7,}{shape['parameters']:>12,}"
+        gap = "" if variant not in gaps else "   {:+.3f} +- {:.3f}".format(*gaps[variant])
+        print(f"{variant:22}{sizes}{mean(ends[variant]):>11.3f}{gap}")
+    print(f"{len(ends['MHA'])} seeds each; +- is the standard error over the seeds")
+
+
+def gap_over_steps(variant: str = LIVE, base: str = "MHA") -> None:
+    """Print how far a variant lies behind `base` as training goes on, mean over paired seeds."""
+    found = runs()
+    by_step = {}
+    for step in sorted(found[variant]):
+        mine, other = (
+            {r.shapes["seed"]: r.value for r in found[name][step]} for name in (variant, base)
+        )
+        by_step[step] = mean(mine[seed] - other[seed] for seed in mine)
+    told = [step for step in (100, 300, 600, 1200) if step in by_step]
+    gaps = ", ".join(f"{by_step[step]:+.3f} after {step:,} steps" for step in told)
+    print(f"{variant} minus {base}: {gaps}")
 
 
 def learning_live(rows: Sequence[Any]) -> Figure:
@@ -91,7 +113,7 @@ def learning_live(rows: Sequence[Any]) -> Figure:
     ax.plot([r.step for r in rows], smooth, color=INK, label="this run, batches (smoothed)")
     held = [(row.step, row.held_out) for row in rows if row.held_out is not None]
     ax.plot(*zip(*held, strict=True), "D", color="#D55E00", label="this run, held out")
-    ax.set_xlim(0, max(at[-1] // 3, rows[-1].step * 1.1))
+    ax.set_xlim(0, max(2 * at[0], rows[-1].step * 1.3))
     ax.set_ylim(min(low) - 0.1, 8.2)
     step, value = held[-1]
     return finish(

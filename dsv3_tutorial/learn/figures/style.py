@@ -82,10 +82,10 @@ def note(fig: Figure, text: str) -> None:
     fig.supxlabel(text, fontsize=9, color=INK, x=0.99, ha="right")
 
 
-def plain_log(axis: Axis, base: float = 10) -> None:
+def plain_log(axis: Axis, base: float = 10, subs: tuple[float, ...] = (1.0,)) -> None:
     """A logarithmic axis whose ticks read 0.25, 64, 4,096 and not as powers."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(base=base))
+    axis.set_major_locator(LogLocator(base=base, subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -1,11 +1,17 @@
 """Counting what is cached: by the token, and by the GPU."""
 
+from dataclasses import replace
+
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
 
 def _model(name: str, bytes_per_element: int = 2):
     return lambda: (ModelConfig.named(name), bytes_per_element)
+
+
+def _other_heads() -> tuple:
+    return replace(ModelConfig.named("qwen2.5-72b"), num_key_value_heads=4, head_dim=96), 2
 
 
 def _elements(cfg: ModelConfig, mla: int, plain: int) -> int:
@@ -29,6 +35,20 @@ def _both(c: ModelConfig) -> int:
     return 2 * c.kv_heads * c.head_size
 
 
+def _heads_everywhere(cfg, bytes_per_element=2):
+    return 2 * cfg.kv_heads * cfg.head_size * cfg.num_hidden_layers * bytes_per_element
+
+
+def _latent_per_head(cfg, bytes_per_element=2):
+    whole = _latent(cfg) * cfg.num_attention_heads if cfg.is_mla else _both(cfg)
+    return whole * cfg.num_hidden_layers * bytes_per_element
+
+
+def _kilobytes(cfg, bytes_per_element=2):
+    whole = _latent(cfg) if cfg.is_mla else _both(cfg)
+    return whole * cfg.num_hidden_layers * bytes_per_element / 1000
+
+
 def _one_layer(cfg, bytes_per_element=2):
     return (_latent(cfg) if cfg.is_mla else _both(cfg)) * bytes_per_element
 
@@ -42,6 +62,8 @@ CACHE_BYTES = Exercise(
         Case("DeepSeek-V3 at one byte a number", _model("deepseek-v3", 1)),
         Case("another GQA model", _model("llama-3.1-405b", 4), hidden=True),
         Case("another MLA model", _model("deepseek-v2-lite"), hidden=True),
+        Case("a small MLA model, 6 bits", _model("tiny", 0.75), hidden=True),
+        Case("other heads", _other_heads, hidden=True),
     ],
     hints=[
         "Work out the numbers one layer keeps for one token; then layers, then bytes.",
@@ -78,6 +100,18 @@ CACHE_BYTES = Exercise(
             _cache_mutant(_latent, _both, scale=lambda b: 2),
             "bytes_per_element is not used: two bytes are not the only choice.",
         ),
+        Mutant(
+            "no MLA",
+            _heads_everywhere,
+            "MLA is counted like plain attention: where cfg.is_mla, neither heads nor head_size "
+            "count, but the latent and the rotary key, once.",
+        ),
+        Mutant(
+            "latent per head",
+            _latent_per_head,
+            "The latent is counted for every head: one latent and one rotary key serve them all.",
+        ),
+        Mutant("kilobytes", _kilobytes, "This is a thousand times too small: return bytes."),
         Mutant("one layer", _one_layer, "This is one layer's share: every layer has its own."),
     ],
 )
@@ -103,6 +137,12 @@ def _below_one_head(cfg, tensor_parallel, bytes_per_element=2):
     return plain * cfg.num_hidden_layers * bytes_per_element
 
 
+def _emptiest(cfg, tensor_parallel, bytes_per_element=2):
+    heads = max(1, cfg.kv_heads // tensor_parallel)
+    whole = _latent(cfg) if cfg.is_mla else 2 * heads * cfg.head_size
+    return whole * cfg.num_hidden_layers * bytes_per_element
+
+
 def _never_divided(cfg, tensor_parallel, bytes_per_element=2):
     return (_latent(cfg) if cfg.is_mla else _both(cfg)) * cfg.num_hidden_layers * bytes_per_element
 
@@ -114,6 +154,9 @@ CACHE_PER_GPU = Exercise(
         Case("Llama 3.1 405B on 4 GPUs", _split("llama-3.1-405b", 4)),
         Case("Llama 3.1 405B on 16 GPUs", _split("llama-3.1-405b", 16)),
         Case("DeepSeek-V3 on 8 GPUs", _split("deepseek-v3", 8)),
+        Case("Qwen2.5 72B on 3 GPUs", _split("qwen2.5-72b", 3)),
+        Case("three GPUs, one byte", _split("llama-3.1-405b", 3, 1), hidden=True),
+        Case("another latent", _split("deepseek-v2-lite", 4, 1), hidden=True),
         Case("one GPU", _split("qwen2.5-72b", 1), hidden=True),
         Case("another split", _split("qwen2.5-72b", 8, 1), hidden=True),
     ],
@@ -137,6 +180,9 @@ CACHE_PER_GPU = Exercise(
             "fractions of a head",
             _below_one_head,
             "With more GPUs than kv_heads a GPU would hold less than one head; it is replicated.",
+        ),
+        Mutant(
+            "rounded down", _emptiest, "8 heads on 3 GPUs: the fullest holds 3 of them; round up."
         ),
         Mutant("nothing divided", _never_divided, "Plain attention's heads are not dealt out."),
     ],

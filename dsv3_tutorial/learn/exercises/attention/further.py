@@ -21,6 +21,7 @@ SOFTMAX_SCALE = Exercise(
         Case("DeepSeek-V3", lambda: (192, 40.0, 1.0)),
         Case("DeepSeek-V2-Lite", lambda: (192, 40.0, 0.707)),
         Case("another", lambda: (96, 8.0, 1.0), hidden=True),
+        Case("one more", lambda: (40, 3.5, 0.25), hidden=True),
     ],
     hints=[
         "Without YaRN it is qk_head_dim ** -0.5, with N + R as the width.",
@@ -42,6 +43,11 @@ SOFTMAX_SCALE = Exercise(
             "m is applied once; it multiplies the query and the key, so the score twice.",
         ),
         Mutant(
+            "mscale ignored",
+            lambda d, factor, m: d**-0.5 * _growth(factor, 1.0) ** 2,
+            "mscale_all_dim is not used: V2-Lite has 0.707.",
+        ),
+        Mutant(
             "log10",
             lambda d, factor, m: d**-0.5 * (0.1 * m * math.log10(factor) + 1) ** 2,
             "The logarithm has base ten; YaRN's is the natural one.",
@@ -61,7 +67,7 @@ BUGS = {
 }
 
 
-def buggy(*kept: str):
+def buggy(*kept: str, fill: float = -math.inf):
     """`latent_attention` with some of BUGS left in."""
 
     def attention(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
@@ -73,7 +79,7 @@ def buggy(*kept: str):
         width = q_nope.shape[-1] + (0 if "scale" in kept else q_rope.shape[-1])
         offset = 0 if "mask" in kept else t - s
         seen = torch.ones(s, t, dtype=torch.bool).tril(offset)
-        hidden = 0.0 if "fill" in kept else -math.inf
+        hidden = 0.0 if "fill" in kept else fill
         probs = (scores * width**-0.5).masked_fill(~seen, hidden).softmax(dim=-1)
         return torch.einsum("bhst,bthv->bshv", probs, values)
 
@@ -81,13 +87,28 @@ def buggy(*kept: str):
 
 
 def _remaining(kept: tuple[str, ...]) -> Mutant:
-    count = {1: "One bug is", 2: "Two bugs are", 3: "All three bugs are"}[len(kept)]
-    return Mutant(" and ".join(kept), buggy(*kept), f"{count} left. One: {BUGS[kept[0]]}.")
+    left = {3: "All three bugs are left.", 2: "Two bugs are left."}
+    message = left.get(len(kept)) or f"One bug is left: {BUGS[kept[0]]}."
+    return Mutant(" and ".join(kept), buggy(*kept), message)
 
 
 def _attention_case(seed: int, s: int, t: int):
-    shapes = (2, s, 3, 6), (2, s, 3, 4), (2, t, 10), (2, t, 4), (3, 6, 10), (3, 5, 10)
+    shapes = (2, s, 3, 6), (2, s, 3, 4), (2, t, 9), (2, t, 4), (3, 6, 9), (3, 5, 9)
     return lambda: randn(seed, *shapes)
+
+
+def _large_scores() -> tuple:  # which no finite fill stays below
+    q_nope, *rest = _attention_case(3, 3, 6)()
+    return 1000 * q_nope, *rest
+
+
+def _scaled_by_latent(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> Tensor:
+    width = (q_nope.shape[-1] + q_rope.shape[-1]) / c_kv.shape[-1]
+    return buggy()(q_nope * width**0.5, q_rope * width**0.5, c_kv, k_rope, w_uk, w_uv)
+
+
+def _finite_fill(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> Tensor:
+    return buggy(fill=-100.0)(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)
 
 
 def _rotated_latent(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> Tensor:
@@ -101,6 +122,7 @@ FIND_THE_BUG = Exercise(
         Case("prefill, S = T", _attention_case(0, 5, 5)),
         Case("decode, S = 1", _attention_case(1, 1, 6)),
         Case("two new tokens", _attention_case(2, 2, 7), hidden=True),
+        Case("large scores", _large_scores, hidden=True),
     ],
     hints=[
         "Try it with one query and many cached tokens: which of them may it see?",
@@ -115,6 +137,17 @@ FIND_THE_BUG = Exercise(
         _remaining(("scale", "mask", "fill")),
         *(_remaining(pair) for pair in (("scale", "mask"), ("scale", "fill"), ("mask", "fill"))),
         *(_remaining((bug,)) for bug in BUGS),
+        Mutant(
+            "finite fill",
+            _finite_fill,
+            "Hidden scores are filled with a finite number, which large scores fall below: "
+            "only -inf gives no weight.",
+        ),
+        Mutant(
+            "scale from C",
+            _scaled_by_latent,
+            "The scale is taken from the latent's width C; a score is a product N + R wide.",
+        ),
         Mutant("no position", _rotated_latent, "The position part of the scores is gone."),
     ],
     needs=("torch", "math"),

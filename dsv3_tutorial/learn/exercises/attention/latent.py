@@ -12,6 +12,32 @@ def _compress_case(seed: int, d: int, c: int, r: int):
     return lambda: randn(seed, (2, 5, d), (c + r, d), (c,))
 
 
+def _tiny_inputs() -> tuple:  # so small that eps decides
+    x, weight, gain = randn(6, (1, 3, 8), (9, 8), (6,))
+    return x * 1e-3, weight, gain, 1e-4
+
+
+def _no_bias(x, kv_a_weight, norm_weight, eps=1e-6, bias=None):
+    whole, c = F.linear(x, kv_a_weight), len(norm_weight)
+    return F.rms_norm(whole[..., :c], (c,), norm_weight, eps), whole[..., c:]
+
+
+def _key_normed(x, kv_a_weight, norm_weight, eps=1e-6, bias=None):
+    whole, c = F.linear(x, kv_a_weight, bias), len(norm_weight)
+    key = whole[..., c:]
+    return F.rms_norm(whole[..., :c], (c,), norm_weight, eps), F.rms_norm(key, key.shape[-1:])
+
+
+def _swapped(x, kv_a_weight, norm_weight, eps=1e-6, bias=None):
+    whole, c = F.linear(x, kv_a_weight, bias), len(norm_weight)
+    return whole[..., c:], F.rms_norm(whole[..., :c], (c,), norm_weight, eps)
+
+
+def _no_eps(x, kv_a_weight, norm_weight, eps=1e-6, bias=None):
+    whole, c = F.linear(x, kv_a_weight, bias), len(norm_weight)
+    return F.rms_norm(whole[..., :c], (c,), norm_weight), whole[..., c:]
+
+
 def _norm_everything(x, kv_a_weight, norm_weight, eps=1e-6, bias=None):
     whole = F.linear(x, kv_a_weight, bias)
     c, r = norm_weight.shape[0], kv_a_weight.shape[0] - norm_weight.shape[0]
@@ -46,6 +72,10 @@ COMPRESS = Exercise(
     cases=[
         Case("C 8, R 4", _compress_case(0, 12, 8, 4)),
         Case("C 4, R 8", _compress_case(1, 6, 4, 8)),
+        Case(
+            "with a bias", lambda: (*randn(4, (2, 3, 12), (12, 12), (8,)), 1e-6, randn(5, (12,))[0])
+        ),
+        Case("small inputs", lambda: _tiny_inputs()),
         Case("other sizes", _compress_case(2, 16, 10, 2), hidden=True),
         Case(
             "float64", lambda: randn(3, (1, 3, 8), (9, 8), (6,), dtype=torch.float64), hidden=True
@@ -62,6 +92,10 @@ COMPRESS = Exercise(
     lines=4,
     mutants=[
         Mutant("norm over both", _norm_everything, "The norm runs over the key too: latent only."),
+        Mutant("no bias", _no_bias, "bias is not used: it is the third argument of F.linear."),
+        Mutant("no eps", _no_eps, "eps is not used: hand it to the norm."),
+        Mutant("key normed", _key_normed, "The key is normalised as well: it is left as it is."),
+        Mutant("swapped", _swapped, "The latent comes first, then the key: return c_kv, k_rope."),
         Mutant("no norm", _no_norm, "The latent is not normalised."),
         Mutant("key first", _key_first, "The key is cut from the front: the latent comes first."),
         Mutant("no gain", _no_gain, "The norm's gain, norm_weight, is not applied."),
@@ -70,9 +104,9 @@ COMPRESS = Exercise(
 )
 
 
-def _rotation(seed: int, s: int, h: int, r: int):
+def _rotation(seed: int, s: int, h: int, r: int, b: int = 2, dtype: torch.dtype = torch.float32):
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        x, angle = randn(seed, (2, s, h, r), (s, r // 2))
+        x, angle = randn(seed, (b, s, h, r), (s, r // 2), dtype=dtype)
         return x, angle.cos(), angle.sin()
 
     return make
@@ -91,6 +125,13 @@ def _pairs(x, cos, sin, sign=1, axis=-2, stack=True):
     return torch.stack([one, two], -1).flatten(-2) if stack else torch.cat([one, two], -1)
 
 
+def _overwritten(x, cos, sin):
+    cos, sin, out = cos[:, None], sin[:, None], x.clone()
+    out[..., 0::2] = out[..., 0::2] * cos - out[..., 1::2] * sin
+    out[..., 1::2] = out[..., 0::2] * sin + out[..., 1::2] * cos
+    return out
+
+
 def _no_sine_in_second(x, cos, sin):
     a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[:, None], sin[:, None]
@@ -104,6 +145,7 @@ ROTATE = Exercise(
         Case("one pair", _rotation(0, 3, 1, 2)),
         Case("four heads of 8", _rotation(1, 5, 4, 8)),
         Case("as many heads as positions", _rotation(2, 4, 4, 6), hidden=True),
+        Case("float64, one sequence", _rotation(3, 3, 2, 4, 1, torch.float64), hidden=True),
     ],
     hints=[
         "x[..., 0::2] and x[..., 1::2] are the first and second of each pair.",
@@ -130,6 +172,11 @@ ROTATE = Exercise(
             "by head",
             lambda x, cos, sin: _pairs(x, cos, sin, axis=0),
             "The angle follows the head, not the position: align cos with axis S of x.",
+        ),
+        Mutant(
+            "overwritten",
+            _overwritten,
+            "The second line reads a that the first line has already turned: keep the old pair.",
         ),
         Mutant(
             "second coordinate",

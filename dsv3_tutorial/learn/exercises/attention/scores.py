@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3_tutorial.learn.exercises.attention.draw import randn
 from dsv3_tutorial.learn.registry import Budget, Case, Exercise, Mutant
@@ -37,16 +37,32 @@ def _first_head(q_nope, q_rope, c_kv, k_rope, w_uk):
     return _right(q_nope, q_rope, c_kv, k_rope, one)
 
 
+def _softmaxed(q_nope, q_rope, c_kv, k_rope, w_uk):
+    return _scaled(q_nope, q_rope, c_kv, k_rope, w_uk).softmax(dim=-1)
+
+
 def _axes(q_nope, q_rope, c_kv, k_rope, w_uk):
     return _right(q_nope, q_rope, c_kv, k_rope, w_uk).transpose(1, 2)
+
+
+def _t_first(q_nope, q_rope, c_kv, k_rope, w_uk):
+    return _right(q_nope, q_rope, c_kv, k_rope, w_uk).transpose(2, 3)
+
+
+def _heads_summed(q_nope, q_rope, c_kv, k_rope, w_uk):
+    position = torch.einsum("bshr,btr->bst", q_rope, k_rope)[:, None]
+    return _no_position(q_nope, q_rope, c_kv, k_rope, w_uk) + position
 
 
 _SCORE_MUTANTS = [
     Mutant("no position", _no_position, "The position part, q_rope with k_rope, is missing."),
     Mutant("no content", _no_content, "The content part, q_nope with the latent, is missing."),
     Mutant("scaled", _scaled, "The scores are scaled: leave them as they are here."),
+    Mutant("softmaxed", _softmaxed, "These are probabilities: return the raw scores, no softmax."),
     Mutant("one head", _first_head, "Every head uses the first head's matrix w_uk[0]."),
     Mutant("axes", _axes, "The axes are (B, S, H, T); attention wants (B, H, S, T)."),
+    Mutant("T before S", _t_first, "The axes are (B, H, T, S); queries come before cached tokens."),
+    Mutant("heads summed", _heads_summed, "The position part is summed over the heads."),
 ]
 _SCORE_CASES = [
     Case("prefill, S = T", _scores_case(0, 4, 4)),
@@ -70,28 +86,18 @@ EXPANDED_SCORES = Exercise(
 )
 
 
-def bytes_made(function, *args: Tensor) -> int:
-    """The bytes of every new tensor that a call makes: what it writes where it could read."""
-
-    class Ledger(TorchDispatchMode):
-        made = 0
-
-        def __torch_dispatch__(self, operator, types, arguments=(), named=None):
-            out = operator(*arguments, **(named or {}))
-            if isinstance(out, Tensor) and not operator.is_view:
-                self.made += out.nbytes
-            return out
-
-    with Ledger() as ledger:
+def flops_made(function, *args: Tensor) -> int:
+    """The FLOP of every matrix product in a call."""
+    with FlopCounterMode(display=False) as counter:
         function(*args)
-    return ledger.made
+    return counter.get_total_flops()
 
 
-def _written_per_token(make):
-    """A budget's measure: the bytes that a decode step makes for each cached token more."""
+def _flops_per_token(make):
+    """A budget's measure: the FLOP that one more cached token adds to a decode step."""
 
     def measure(function, *args) -> float:
-        return (bytes_made(function, *make(256)) - bytes_made(function, *make(128))) / 128
+        return (flops_made(function, *make(256)) - flops_made(function, *make(128))) / 128
 
     return measure
 
@@ -124,9 +130,9 @@ ABSORBED_SCORES = Exercise(
         ),
     ],
     budget=Budget(
-        _written_per_token(lambda t: _scores_case(5, 1, t)()),
-        190,  # scores alone: 72; every head's key: 144 more
-        "bytes written per cached token",
+        _flops_per_token(lambda t: _scores_case(5, 1, t)()),
+        300,  # absorbed: 168; with every head's key rebuilt: 888
+        "FLOP per cached token",
     ),
 )
 
@@ -192,9 +198,9 @@ ABSORBED_VALUES = Exercise(
         Mutant("mean", _plain_mean, "All tokens count alike: probs is not used."),
     ],
     budget=Budget(
-        _written_per_token(lambda t: _values_case(5, 1, t)()),
-        100,  # mixing: none; every head's value: 144
-        "bytes written per cached token",
+        _flops_per_token(lambda t: _values_case(5, 1, t)()),
+        300,  # mixed first: 120; with every head's value rebuilt: 792
+        "FLOP per cached token",
     ),
 )
 
