@@ -66,8 +66,8 @@ def learning() -> Figure:
     right.set_xscale("log", base=2)
     right.set_xticks([256, 512, 1024, 2048], ["256", "512", "1,024", "2,048"])
     seeds, means = spreads(ends)
-    finish(fig, left, "Held-out loss while training", "steps", "bits per byte")
-    title = f"After {last:,} steps: seeds {seeds:.3f} apart, means {means:.3f}"
+    finish(fig, left, f"Held-out loss over {last:,} steps", "steps", "bits per byte")
+    title = f"Seeds up to {seeds:.2f} apart, means {means:.2f}"
     finish(fig, right, title, "numbers cached a token, all layers", "bits per byte", legend=False)
     return _with_caption(fig, [r for s in found.values() for r in s[max(s)]])
 
@@ -114,7 +114,7 @@ def learning_live(rows: Sequence[Any]) -> Figure:
     held = [(row.step, row.held_out) for row in rows if row.held_out is not None]
     ax.plot(*zip(*held, strict=True), "D", color="#D55E00", label="this run, held out")
     ax.set_xlim(0, max(2 * at[0], rows[-1].step * 1.3))
-    ax.set_ylim(min(low) - 0.1, 8.2)
+    ax.set_ylim(min(low) - 0.1, max(smooth) + 0.2)
     step, value = held[-1]
     return finish(
         fig, ax, f"{step:,} steps here: {value:.2f} bits per byte", "steps", "bits per byte"
