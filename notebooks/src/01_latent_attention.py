@@ -48,13 +48,7 @@ from dsv3_tutorial.learn import (
     solution,
     term,
 )
-from dsv3_tutorial.learn.figures import (
-    cache_size,
-    decode_speed,
-    latent_flow,
-    learning_curves,
-    paper_tables,
-)
+from dsv3_tutorial.learn.figures import cache_size, latent_flow
 
 v3 = ModelConfig.named("deepseek-v3")
 
@@ -125,6 +119,7 @@ explore(
     context=[4096, 16384, 65536, 131072],
     batch=[1, 8, 32, 128],
     bytes_per_number={"BF16 (2)": 2, "FP8 (1)": 1},
+    start={"model": "DeepSeek-V3 (MLA)", "batch": 32},
     say=cache_size.cache_on_gpus_in_words,
 )
 
@@ -403,6 +398,8 @@ predict("attention.learns_best", ..., options=variants)
 # **Measure.** The receipt: a table, the curves with the band of their seeds, and where each run ended against its cache.
 
 # %% id="figure-learning"
+from dsv3_tutorial.learn.figures import decode_speed, learning_curves, paper_tables
+
 reveal("attention.learns_best", learning_curves.best_learner())
 learning_curves.learning_table()
 learning_curves.gap_over_steps()

@@ -209,7 +209,7 @@ def test_a_learner_runs_the_lesson_moves_a_slider_and_solves_an_exercise(opened)
 
 
 def move_an_explorer(lesson):
-    """Moving the first explorer's first control changes its picture."""
+    """Moving the first explorer's slider, or choosing where it has none, changes its picture."""
     at = lesson.at(lambda c: any(WIDGET in o.get("data", {}) for o in c.get("outputs", [])))
     if at is None:
         assert not any("explore(" in c.source for c in lesson.cells()), "the explorer did not show"
@@ -219,7 +219,8 @@ def move_an_explorer(lesson):
     picture.wait_for(timeout=15000)
     before = picture.evaluate(DRAWN)
     lesson.picture("explorer-before")
-    control = cell.locator(".widget-slider [role=slider], .widget-dropdown select").first
+    sliders = cell.locator(".widget-slider [role=slider]")
+    control = (sliders if sliders.count() else cell.locator(".widget-dropdown select")).first
     if control.evaluate("element => element.tagName") == "SELECT":
         other = control.evaluate("e => [...e.options].findIndex(o => !o.selected)")
         control.select_option(index=other)

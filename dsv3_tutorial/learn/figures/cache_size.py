@@ -76,6 +76,6 @@ def cache_on_gpus_in_words(model: str, context: int, batch: int, bytes_per_numbe
     needed = _needed(model, context, batch, bytes_per_number)
     fill = needed / hardware.chip("h800").memory_bytes
     return (
-        f"{batch} conversation{'s' if batch > 1 else ''} of {context:,} tokens with {model} cache "
+        f"{batch} conversation{'s' if batch > 1 else ''} of {context:,} tokens with {model} take "
         f"{needed / GB:,.1f} GB: {fill:.2g} times an H800's memory, before any weight."
     )

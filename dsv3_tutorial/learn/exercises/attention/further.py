@@ -97,9 +97,9 @@ def _attention_case(seed: int, s: int, t: int):
     return lambda: randn(seed, *shapes)
 
 
-def _large_scores() -> tuple:  # which no finite fill stays below
-    q_nope, *rest = _attention_case(3, 3, 6)()
-    return 1000 * q_nope, *rest
+def _large_scores() -> tuple:  # all far below zero, where a finite fill would win
+    q_nope, q_rope, c_kv, k_rope, *weights = _attention_case(3, 3, 6)()
+    return q_nope, torch.full_like(q_rope, -1000.0), c_kv, k_rope.abs() + 1, *weights
 
 
 def _scaled_by_latent(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> Tensor:
