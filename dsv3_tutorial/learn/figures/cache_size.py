@@ -68,7 +68,9 @@ def cache_on_gpus(model: str, context: int, batch: int, bytes_per_number: float)
     ax.set_xlim(0, max(sizes) * 1.2)
     ax.invert_yaxis()
     fits = sum(chip.memory_bytes > needed for chip in chips)
-    return finish(fig, ax, f"{model}: {fits} of {len(chips)} GPUs could hold it", "GB (hatched: too small)")
+    return finish(
+        fig, ax, f"{model}: {fits} of {len(chips)} GPUs could hold it", "GB (hatched: too small)"
+    )
 
 
 def cache_on_gpus_in_words(model: str, context: int, batch: int, bytes_per_number: float) -> str:
