@@ -70,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
 def _grade_file(file: Path) -> list[Row]:
     try:
         notebook = json.loads(file.read_text(encoding="utf-8"))
+        if notebook.get("nbformat") != 4 or not isinstance(notebook.get("cells"), list):
+            raise ValueError("not a version 4 notebook")
         found = list(submitted(statements(code_cells(notebook))))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: this is no notebook that can be read"
