@@ -433,7 +433,7 @@ learning_curves.learning_live(rows)
 # One layer, one new token, and a growing context. Three ways to the same output: the expanded heads cached; the latent cached and
 # expanded again at every step; the latent cached and absorbed.
 #
-# **Predict.** Which of the three grows least with the context? Answer with its name.
+# **Predict**, on paper: which of the three grows least with the context, and which most?
 
 # %% id="live-decode" tags=["live", "nbval-ignore-output"]
 from dsv3_tutorial.bench import attention as attention_bench
@@ -453,8 +453,8 @@ decode_speed.decode_ratios()
 decode_speed.decode_recorded()
 
 # %% [markdown] id="receipts-words"
-# transformers (5.17 and later; 5.23 here) caches the latent, as we do, and expands it again at every step: a cached token costs it about what it costs our `reexpanded` form, 32 times
-# the absorbed one and more. It is a reference implementation; serving engines absorb as we do. Against cached heads absorbing reads 8 to 9 times fewer bytes and is 4 to 5 times
+# transformers (5.17 and later; 5.23 here) caches the latent, as we do, and expands it again at every step: a cached token costs it about what it costs our `reexpanded` form, 26 to
+# 109 times the absorbed one. It is a reference implementation; serving engines absorb as we do. Against cached heads absorbing reads 8 to 9 times fewer bytes and is 4 to 6 times
 # faster: on this CPU the extra arithmetic is not free.
 #
 # Where does absorbing lose? In decode it did not, down to 16 cached tokens, within the noise. With *many* new tokens at once it does: each new token pays the longer product, and expanding is
@@ -523,7 +523,7 @@ def cache_bytes_per_gpu(cfg, tensor_parallel, bytes_per_element=2): ...
 
 
 # %% [markdown] id="per-gpu-words"
-# **Predict**, then run: from which split on does Llama 3.1 405B cache less per GPU than V3?
+# **Predict**, on paper, then run: from which split on does Llama 3.1 405B cache less per GPU than V3?
 
 # %% id="per-gpu-table"
 paper_tables.cache_per_gpu(cache_bytes_per_gpu)
