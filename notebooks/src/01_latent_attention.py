@@ -453,7 +453,7 @@ decode_speed.decode_ratios()
 decode_speed.decode_recorded()
 
 # %% [markdown] id="receipts-words"
-# transformers (5.17 and later; 5.23 here) caches the latent, as we do, and expands it again at every step: a cached token costs it about what it costs our `reexpanded` form, 26 to
+# transformers (5.17 and later; 5.23 here) caches the latent, as we do, and expands it again at every step: a cached token costs it about as much as our `reexpanded` form or more, 26 to
 # 109 times the absorbed one. It is a reference implementation; serving engines absorb as we do. Against cached heads absorbing reads 8 to 9 times fewer bytes and is 4 to 6 times
 # faster: on this CPU the extra arithmetic is not free.
 #
