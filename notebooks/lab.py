@@ -81,6 +81,8 @@ def jupyter_command(environment: Environment, no_browser: bool) -> list[str]:
     page = f"/lab/tree/my/{FIRST_LESSON}" if first.exists() else "/lab"
     command = [environment.python, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.root_dir={environment.root}", f"--LabApp.default_url={page}"]
+    # What is left on the screen is the address, not a list of what was not found.
+    command += ["--ServerApp.log_level=WARN", "--LanguageServerManager.autodetect=False"]
     if no_browser or not wants_browser():
         command.append("--no-browser")
     # A rented GPU machine's only user is often root, and Jupyter refuses root unless told.

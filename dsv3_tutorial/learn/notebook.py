@@ -75,7 +75,7 @@ def progress() -> None:
     rows = [_progress_row(name, group, kept) for name, group in concepts.items()]
     every = [one for group in concepts.values() for one in group]
     rows.append(_progress_row("whole course", every, kept))
-    head = ("concept", "passed", "minutes left", "next")
+    head = ("concept", "passed", "exercise minutes left", "next")
     table = [head, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     text = "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in table)

@@ -58,9 +58,9 @@ figures.memory_wall()
 # | area | the bottleneck | V3's answer | lesson |
 # |---|---|---|---|
 # | memory | a conversation's past fills the GPU | Multi-head Latent Attention | 1 |
-# | cost | training arithmetic | sparse experts; FP8 | 4, 2 |
-# | speed | reading weights and past for each token; the network | speculation; overlapped, placed communication | 5, 3 |
-# | all of it | choosing | a planner from cluster and budget to model | 6 |
+# | cost | training arithmetic | sparse experts; FP8 | 4, 2 (to come) |
+# | speed | reading weights and past for each token; the network | speculation; overlapped, placed communication | 5, 3 (to come) |
+# | all of it | choosing | a planner from cluster and budget to model | 6 (to come) |
 
 # %% [markdown] id="machine"
 # ## 2 · Your machine
@@ -80,8 +80,8 @@ figures.roofline(here, "fp32")
 
 # %% [markdown] id="roofline-words"
 # This drawing is called a **roofline**. On the slope, memory decides: the arithmetic units wait. On the flat part, arithmetic decides.
-# The three dots are kinds of work. A model that writes one token at a time (*decode*) uses each number that it reads about once, so it
-# stands far to the left. One that reads a long prompt (*prefill*) uses each number for every token of the prompt. (The dots count weights alone; lesson 1 adds the other thing that is read.)
+# The three dots are kinds of work. A model that writes one token at a time (*decode*, batch 1) uses each number that it reads about once, so it
+# stands far to the left: at half a FLOP per byte here, where weights are FP32 and have 4 bytes. 32 conversations at once move it to the right. One that reads a long prompt (*prefill*) uses each number for every token of the prompt. (The dots count weights alone; lesson 1 adds the other thing that is read.)
 #
 # The same drawing for the GPU that V3 was trained on, from its published numbers:
 
@@ -137,7 +137,7 @@ def wrong(flops, bytes, chip, fmt="bf16"):
 # %% id="demo-raised" tags=["demonstration"]
 @exercise("start.time_s")
 def broken(flops, bytes, chip, fmt="bf16"):
-    return max(flops / chip.rates, bytes / chip.bandwidth())
+    return flops / chip.rates
 
 
 # %% [markdown] id="stuck"
@@ -168,7 +168,7 @@ print(f"arithmetic used: {2 * 37e9 / seconds / h800.rate('fp8'):.2%}")
 #
 # ## 4 · The map
 #
-# The recommended path is 0, 1, 4, 2, 3, 5, 6. Each section of a lesson goes round one loop: **predict, measure, explain, build**. Everything
+# The recommended path is 0, 1 and then, as they come, 4, 2, 3, 5, 6. Each section of a lesson goes round one loop: **predict, measure, explain, build**. Everything
 # that you pass is kept on this machine:
 
 # %% id="progress"

@@ -12,7 +12,7 @@
 # - explain why the rotary key stands apart from the latent;
 # - say where the absorbed form wins, where it loses, and which limit of the machine decides.
 #
-# *75 minutes. You need PyTorch, matrix products, and an idea of what attention does.
+# *75 minutes; Run All takes about one. You need PyTorch, matrix products, and an idea of what attention does.
 # If a cell of this course is new to you, lesson 0 shows in ten minutes how exercises and predictions work.*
 #
 # **Letters.** Shapes use one set of letters through the whole course.
@@ -72,7 +72,7 @@ predict("attention.mha_cache", ..., unit="GB")
 #
 # *Difficulty 1/5 · worth it 5/5 · 5 minutes · about 5 lines*
 #
-# Return how many bytes one token adds to the cache of the whole model. `cfg` has `num_hidden_layers`, and
+# Return how many bytes one token adds to the cache of the whole model, each number taking `bytes_per_element` bytes. `cfg` has `num_hidden_layers`, and
 #
 # - with plain attention (`cfg.is_mla` is False), each layer keeps a key and a value for each of `cfg.kv_heads` heads,
 #   each of width `cfg.head_size`;

@@ -63,14 +63,13 @@ def cache_on_gpus(model: str, context: int, batch: int, bytes_per_number: float)
     bars = ax.barh(rows, sizes, color=[MEMORY] + [IDLE] * len(chips))
     for bar, chip in zip(bars[1:], chips, strict=True):
         bar.set_hatch("" if chip.memory_bytes > needed else "//")
-    ax.bar_label(bars, fmt="%.4g GB", padding=4, fontsize=10)
+    ax.bar_label(bars, fmt="%.3g GB", padding=4, fontsize=10)
     ax.axvline(needed / GB, color=MEMORY, linestyle=":")
     ax.set_xlim(0, max(sizes) * 1.2)
     ax.invert_yaxis()
     fits = sum(chip.memory_bytes > needed for chip in chips)
-    return finish(
-        fig, ax, f"{model}: {fits} of {len(chips)} GPUs could hold it", "GB (hatched: too small)"
-    )
+    unit = "GB" if fits == len(chips) else "GB (hatched: too small)"
+    return finish(fig, ax, f"{model}: {fits} of {len(chips)} GPUs could hold it", unit)
 
 
 def cache_on_gpus_in_words(model: str, context: int, batch: int, bytes_per_number: float) -> str:

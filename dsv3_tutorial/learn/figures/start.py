@@ -47,7 +47,13 @@ def roofline(chip: hardware.Chip, fmt: str = "bf16") -> Figure:
     unit, scale = ("TFLOP/s", 1e12) if chip.rate(fmt) > 5e12 else ("GFLOP/s", 1e9)
     slope = across <= ridge
     ax.plot(across[slope], reach[slope] / scale, color=MEMORY, linewidth=3, label="memory decides")
-    ax.plot(across[~slope], reach[~slope] / scale, color=COMPUTE, linewidth=3, label="arithmetic")
+    ax.plot(
+        across[~slope],
+        reach[~slope] / scale,
+        color=COMPUTE,
+        linewidth=3,
+        label="arithmetic decides",
+    )
     for name, tokens in WORK.items():
         flops_per_byte = 2 * tokens / BYTES[fmt]  # a weight is read once, and serves every token
         reached = cost.attainable_flops(flops_per_byte, chip, fmt) / scale
@@ -89,6 +95,6 @@ def roofline_by_batch_in_words(chip_name: str, batch: int) -> str:
     chip = hardware.chip(chip_name)
     share = cost.attainable_flops(float(batch), chip) / chip.rate("bf16")
     return (
-        f"{chip.title}: at batch {batch} each weight of 2 bytes serves {2 * batch} FLOP. "
+        f"{chip.title}: at batch {batch} each weight of 2 bytes is used for {2 * batch} FLOP. "
         f"That reaches {share:.1%} of the peak; the ridge lies at {cost.ridge(chip):.0f} tokens."
     )
