@@ -407,8 +407,8 @@ learning_curves.learning()
 
 # %% [markdown] id="live"
 # **Explain.** Here MHA, GQA and MQA lie within about two standard errors of each other, and MLA is *behind* all of them, by more than its error. The gap was more than twice as
-# large after 100 steps and has been shrinking: MLA passes keys and values through one more matrix, and that takes longer to learn. So the toy does not show that MLA is as
-# good as MHA. It shows how short runs mislead, at 75 steps and at 1,200. The evidence for MLA is elsewhere: two pairs of models in the V2 report (appendix D.2), 16B parameters on 1.33T tokens
+# large after 100 steps and has been shrinking. (A likely reason, not shown here: MLA passes keys and values through one more matrix, which has to be learnt first.) So the toy does not show that MLA is as
+# good as MHA. It shows how a ranking depends on the length of the run. The evidence for MLA is elsewhere: two pairs of models in the V2 report (appendix D.2), 16B parameters on 1.33T tokens
 # and 250B on 420B tokens, where MLA beat MHA on hard benchmarks.
 #
 # **Measure.** Train the MLA variant here, for the time that you have (45 seconds unless `DSV3_LIVE_SECONDS` says otherwise), on your
@@ -425,8 +425,7 @@ rows = list(loop.train(DeepSeekV3(tiny), corpus.load(), schedule, seed=100))
 learning_curves.learning_live(rows)
 
 # %% [markdown] id="live-words"
-# Your line should run into the band where the recorded seeds were at the same step; how far it gets depends on your machine. Train twice as long, and you would rank the five
-# attentions with a little more right than before.
+# Your line should run into the band where the recorded seeds were at the same step; how far it gets depends on your machine.
 #
 # ## 4 · Does it go fast?
 #

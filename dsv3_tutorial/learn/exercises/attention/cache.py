@@ -14,15 +14,10 @@ def _other_heads() -> tuple:
     return replace(ModelConfig.named("qwen2.5-72b"), num_key_value_heads=4, head_dim=96), 2
 
 
-def _elements(cfg: ModelConfig, mla: int, plain: int) -> int:
-    return cfg.num_hidden_layers * (mla if cfg.is_mla else plain)
-
-
 def _cache_mutant(mla, plain, scale=lambda b: b):
     def mutant(cfg, bytes_per_element=2):
-        return scale(bytes_per_element) * _elements(
-            cfg, mla(cfg) if cfg.is_mla else 0, plain(cfg) if not cfg.is_mla else 0
-        )
+        elements = mla(cfg) if cfg.is_mla else plain(cfg)
+        return elements * cfg.num_hidden_layers * scale(bytes_per_element)
 
     return mutant
 
