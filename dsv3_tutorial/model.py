@@ -1,6 +1,7 @@
-"""The whole model: embedding, blocks, norm and head, under Hugging Face's names.
+"""The whole model: embedding, blocks, norm, head and draft modules, under Hugging Face's names.
 
-B batch, S positions, D hidden_size. The keys of `state_dict()` are those of a public checkpoint.
+B batch, S positions, D hidden_size, V vocab_size. The keys of `state_dict()` are those that
+transformers has in memory: all experts of a layer in one tensor. `checkpoint` splits them on disk.
 """
 
 import torch
@@ -9,31 +10,42 @@ from torch import Tensor, nn
 from dsv3_tutorial.attention.cache import FullCache, LatentCache
 from dsv3_tutorial.block import Block, initialize
 from dsv3_tutorial.config import ModelConfig
+from dsv3_tutorial.mtp import MTPModule
 
 Caches = list[LatentCache] | list[FullCache]
 
 
 class Decoder(nn.Module):
-    """What Hugging Face keeps under `model.`: everything between token ids and the head."""
+    """What Hugging Face keeps under `model.`: everything between token ids and the head.
+
+    `layers` holds the blocks and behind them the MTP modules, as a checkpoint numbers them.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        depth = cfg.num_hidden_layers
+        drafts = range(depth, depth + cfg.num_nextn_predict_layers)
+        self.depth = depth
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            [Block(cfg, i) for i in range(depth)] + [MTPModule(cfg, i) for i in drafts]
+        )
         self.norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, caches: Caches | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, S, D)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[: self.depth]):
             x = layer(x, cache=None if caches is None else caches[i])
         return self.norm(x)
 
 
 class DeepSeekV3(nn.Module):
-    """A language model of dense blocks. forward: input_ids (B, S) -> logits (B, S, vocab_size).
+    """A language model of dense and MoE blocks. forward: input_ids (B, S) -> logits (B, S, V).
 
-    A config without a latent gives the same frame around plain attention: the baselines that
-    MLA is compared with. `caches`, one per layer, make it go on where the last call ended.
+    A config without a latent or without experts gives the same frame around plain attention or
+    dense layers: the baselines. `caches`, one per layer, make it go on where the last call ended.
+    With `drafts=True` it gives the logits and, for each MTP module k = 0, 1, ..., logits
+    (B, S - 1 - k, V) whose position i guesses token i + 2 + k of the input.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -45,18 +57,45 @@ class DeepSeekV3(nn.Module):
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, caches: Caches | None = None) -> Tensor:
-        return self.lm_head(self.model(input_ids, caches))
+    def forward(
+        self, input_ids: Tensor, caches: Caches | None = None, drafts: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        hidden = self.model(input_ids, caches)  # (B, S, D)
+        logits = self.lm_head(hidden)  # (B, S, V)
+        return (logits, self._drafts(hidden, input_ids)) if drafts else logits
+
+    @property
+    def mtp(self) -> list[MTPModule]:
+        """The multi-token prediction modules, in the order they follow each other."""
+        return list(self.model.layers[self.model.depth :])
+
+    def draft(
+        self, hidden: Tensor, next_ids: Tensor, module: int = 0, cache: LatentCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One MTP module's guess at the token after `next_ids`: hidden, next_ids (B, S) -> both.
+
+        hidden (B, S, D) belongs to the positions before `next_ids`. Returns the module's own
+        hidden (B, S, D), which the next module takes, and its logits (B, S, V).
+        """
+        embedded = self.model.embed_tokens(next_ids)  # (B, S, D)
+        hidden = self.mtp[module](hidden, embedded, cache=cache)
+        return hidden, self.lm_head(hidden)
+
+    def _drafts(self, hidden: Tensor, input_ids: Tensor) -> list[Tensor]:
+        logits = []
+        for k in range(len(self.mtp)):
+            hidden, guessed = self.draft(hidden[:, :-1], input_ids[:, k + 1 :], k)
+            logits.append(guessed)
+        return logits
 
     def caches(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Caches:
-        """One empty cache per layer for `batch` sequences of up to `length` tokens.
+        """One empty cache per layer, MTP modules last, for `batch` sequences of `length` tokens.
 
         Latent caches for an MLA model, one key and value per key-value head otherwise.
         """
         kind = LatentCache if self.cfg.is_mla else FullCache
         weight = self.lm_head.weight
-        made = [
+        return [
             kind.for_config(self.cfg, batch, length, dtype or weight.dtype, weight.device)
             for _ in self.model.layers
         ]
-        return made

@@ -1,0 +1,195 @@
+"""The routed experts' arithmetic: one contract, four engines, equal in result and gradients.
+
+M tokens, D hidden, E experts, K experts per token, F expert width; M K rows, one per token and
+chosen expert. Every engine but the first sorts the rows by expert, so that an expert's rows lie
+together, multiplies group by group, and sums each token's rows with their weights.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_tutorial.backend import triton_is_interpreted, triton_problem
+from dsv3_tutorial.moe.grouped import Multiply, grouped_mm, grouped_mm_problem, sorted_matmul
+
+
+class EngineError(RuntimeError):
+    """A forced engine cannot run here: why, why nothing else was run instead, and what to do."""
+
+
+def dispatch(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """The order that puts each expert's rows together, and where each expert's rows end.
+
+    indices (M, K) -> order (M K,) positions in the flattened indices, sorted by expert and stable,
+    and ends (E,) int32, cumulative. An expert that nobody chose ends where it begins.
+    """
+    flat = indices.flatten()  # (M * K,)
+    ends = torch.bincount(flat, minlength=n_experts).cumsum(0)
+    return flat.argsort(stable=True), ends.to(torch.int32)
+
+
+def permute(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """Each token's vector, once per chosen expert, in the experts' order. x (M, D) -> (M K, D)."""
+    return _Permute.apply(x, order, top_k)
+
+
+def unpermute(rows: Tensor, order: Tensor) -> Tensor:
+    """The rows back in the tokens' order: exactly undoes `permute`'s sorting. (M K, D)."""
+    return _Unpermute.apply(rows, order)
+
+
+def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Sum each token's K rows with their weights. rows (M K, D), weights (M, K) -> (M, D)."""
+    per_token = unpermute(rows, order).unflatten(0, weights.shape)  # (M, K, D)
+    return torch.einsum("mk,mkd->md", weights.to(rows.dtype), per_token)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, gate and up side by side. (..., 2F) -> (..., F)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def experts_loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor):
+    """The definition: each expert in turn takes the tokens that chose it. Shapes as `run_experts`.
+
+    Its backward makes a gradient as large as all experts for each one: E times the bytes.
+    """
+    out = torch.zeros_like(x)  # (M, D)
+    for expert in range(len(gate_up)):
+        token, choice = (indices == expert).nonzero(as_tuple=True)
+        hidden = swiglu(x[token] @ gate_up[expert].T)  # (rows of this expert, F)
+        weighted = (hidden @ down[expert].T) * weights[token, choice, None]
+        out = out.index_add(0, token, weighted.to(out.dtype))
+    return out
+
+
+def experts_grouped(
+    multiply: Multiply,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> Tensor:
+    """Sort, multiply by groups twice, combine; `multiply` is what the engines differ in."""
+    order, ends = dispatch(indices, len(gate_up))
+    hidden = swiglu(multiply(permute(x, order, indices.shape[1]), gate_up, ends))  # (M * K, F)
+    return combine(multiply(hidden, down, ends), order, weights)
+
+
+def run_experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    engine: str | None = None,
+) -> Tensor:
+    """The weighted sum of each token's experts; no token is dropped, however uneven the load.
+
+    x (M, D), indices (M, K) int64, weights (M, K), gate_up (E, 2F, D), down (E, D, F) -> (M, D).
+    `engine` is one of ENGINES; None takes the fastest that can. 6 K D F FLOP a token, whichever.
+    Raises ValueError for an unknown engine, EngineError for a forced one that cannot run.
+    """
+    engine = engine or fastest(x)
+    if engine not in ENGINES:
+        raise ValueError(
+            f"Engine {engine!r} does not exist. No expert would run. "
+            f"Pass one of {ENGINES}, or None for the fastest that can."
+        )
+    problem = engine_problem(engine, x)
+    if problem is not None:
+        raise EngineError(
+            f"engine={engine!r} cannot run here: {problem}. It was forced, so nothing else was run "
+            "in its place. Pass engine='sorted', which runs anywhere, or None."
+        )
+    x, gate_up, down = _autocast(x, gate_up, down)
+    if engine == "loop":
+        return experts_loop(x, indices, weights, gate_up, down)
+    return experts_grouped(_MULTIPLY[engine](), x, indices, weights, gate_up, down)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast would do to a plain product: our own autograd functions are unknown to it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+def engine_problem(engine: str, x: Tensor) -> str | None:
+    """Why an engine cannot take this tensor, in words; None where it can."""
+    if engine == "grouped_mm":
+        return grouped_mm_problem(x)
+    return triton_problem(x.device) if engine == "triton" else None
+
+
+def fastest(x: Tensor) -> str:
+    """The engine that is fastest for this tensor, of those that can run."""
+    if x.is_cuda and not triton_is_interpreted():
+        order = ("grouped_mm", "triton", "sorted")
+        return next(e for e in order if engine_problem(e, x) is None)
+    return "sorted"
+
+
+def _triton() -> Multiply:
+    from dsv3_tutorial.moe.triton_grouped import grouped_matmul
+
+    def multiply(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return grouped_matmul(rows, weight, F.pad(ends, (1, 0)))
+
+    return multiply
+
+
+_MULTIPLY: dict[str, Callable[[], Multiply]] = {
+    "sorted": lambda: sorted_matmul,
+    "grouped_mm": lambda: grouped_mm,
+    "triton": _triton,
+}
+ENGINES = ("loop", *_MULTIPLY)
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, in transformers' layout. forward as `run_experts`."""
+
+    def __init__(self, n_experts: int, hidden_size: int, width: int, engine: str | None = None):
+        super().__init__()
+        self.engine = engine
+        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, hidden_size, width))
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        return run_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.engine)
+
+
+class _Permute(torch.autograd.Function):
+    """Gather forward, and gather backward too: a scatter-add would be slower and unordered."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (order,) = ctx.saved_tensors
+        return (
+            grad.index_select(0, order.argsort()).unflatten(0, (-1, ctx.top_k)).sum(1),
+            None,
+            None,
+        )
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, order.argsort())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.saved_tensors[0]), None
