@@ -20,14 +20,13 @@ class EngineError(RuntimeError):
 
 
 def dispatch(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """The order that puts each expert's rows together, and where each expert's rows end.
+    """The order that puts each expert's rows together, and how many rows each expert gets.
 
-    indices (M, K) -> order (M K,) positions in the flattened indices, sorted by expert and stable,
-    and ends (E,) int32, cumulative. An expert that nobody chose ends where it begins.
+    indices (M, K) -> order (M K,) int64, places in the flattened indices sorted by expert and,
+    within an expert, by token; counts (E,) int64, 0 for an expert that nobody chose.
     """
     flat = indices.flatten()  # (M * K,)
-    ends = torch.bincount(flat, minlength=n_experts).cumsum(0)
-    return flat.argsort(stable=True), ends.to(torch.int32)
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=n_experts)
 
 
 def permute(x: Tensor, order: Tensor, top_k: int) -> Tensor:
@@ -75,7 +74,8 @@ def experts_grouped(
     down: Tensor,
 ) -> Tensor:
     """Sort, multiply by groups twice, combine; `multiply` is what the engines differ in."""
-    order, ends = dispatch(indices, len(gate_up))
+    order, counts = dispatch(indices, len(gate_up))
+    ends = counts.cumsum(0, dtype=torch.int32)  # (E,)
     hidden = swiglu(multiply(permute(x, order, indices.shape[1]), gate_up, ends))  # (M * K, F)
     return combine(multiply(hidden, down, ends), order, weights)
 
@@ -94,19 +94,19 @@ def run_experts(
     `engine` is one of ENGINES; None takes the fastest that can. 6 K D F FLOP a token, whichever.
     Raises ValueError for an unknown engine, EngineError for a forced one that cannot run.
     """
-    engine = engine or fastest(x)
+    x, gate_up, down = _autocast(x, gate_up, down)
+    engine = engine or fastest(x, gate_up.shape[1] // 2)
     if engine not in ENGINES:
         raise ValueError(
             f"Engine {engine!r} does not exist. No expert would run. "
             f"Pass one of {ENGINES}, or None for the fastest that can."
         )
-    problem = engine_problem(engine, x)
+    problem = engine_problem(engine, x, gate_up.shape[1] // 2)
     if problem is not None:
         raise EngineError(
             f"engine={engine!r} cannot run here: {problem}. It was forced, so nothing else was run "
             "in its place. Pass engine='sorted', which runs anywhere, or None."
         )
-    x, gate_up, down = _autocast(x, gate_up, down)
     if engine == "loop":
         return experts_loop(x, indices, weights, gate_up, down)
     return experts_grouped(_MULTIPLY[engine](), x, indices, weights, gate_up, down)
@@ -115,33 +115,33 @@ def run_experts(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast would do to a plain product: our own autograd functions are unknown to it."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+    narrow = torch.get_autocast_dtype(kind)  # float64 is left alone, as autocast leaves it
+    return tuple(t if t.dtype == torch.float64 else t.to(narrow) for t in tensors)
 
 
-def engine_problem(engine: str, x: Tensor) -> str | None:
-    """Why an engine cannot take this tensor, in words; None where it can."""
+def engine_problem(engine: str, x: Tensor, width: int = 0) -> str | None:
+    """Why an engine cannot take x (M, D) and experts of this width F; None where it can."""
     if engine == "grouped_mm":
-        return grouped_mm_problem(x)
+        return grouped_mm_problem(x, x.shape[-1], width)
+    if engine == "triton" and x.dtype == torch.float64:
+        return "the kernel has no float64: no tensor core multiplies it"
     return triton_problem(x.device) if engine == "triton" else None
 
 
-def fastest(x: Tensor) -> str:
-    """The engine that is fastest for this tensor, of those that can run."""
+def fastest(x: Tensor, width: int = 0) -> str:
+    """The engine that is fastest for x (M, D) and experts of this width F, of those that can."""
     if x.is_cuda and not triton_is_interpreted():
         order = ("grouped_mm", "triton", "sorted")
-        return next(e for e in order if engine_problem(e, x) is None)
+        return next(e for e in order if engine_problem(e, x, width) is None)
     return "sorted"
 
 
 def _triton() -> Multiply:
     from dsv3_tutorial.moe.triton_grouped import grouped_matmul
 
-    def multiply(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        return grouped_matmul(rows, weight, F.pad(ends, (1, 0)))
-
-    return multiply
+    return grouped_matmul
 
 
 _MULTIPLY: dict[str, Callable[[], Multiply]] = {

@@ -33,26 +33,22 @@ def affinities(x: Tensor, weight: Tensor, scoring_func: str = "sigmoid") -> Tens
     return logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
 
 
-def group_scores(biased: Tensor, n_group: int, best: int = 2) -> Tensor:
-    """What a group can offer a token: the sum of its `best` scores. biased (M, E) -> (M, G).
+def choose_experts(
+    biased: Tensor, n_group: int, topk_group: int, top_k: int, best: int = 2
+) -> Tensor:
+    """The K best experts of a token's best groups. biased (M, E) -> indices (M, K) int64.
 
-    V3's code takes two, which is K / topk_group of the published model, as the report has it;
-    V2 takes one.
+    A group stands for a node: the limit caps how many nodes a token's copies travel to. A group
+    is worth the sum of its `best` scores; V3's code takes two, which is K / topk_group of the
+    published model, as the report has it, and V2 takes one. The other groups are masked with
+    -inf and not 0: a biased score may be negative, and 0 would then win.
     """
     grouped = biased.unflatten(-1, (n_group, -1))  # (M, G, E / G)
-    return grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-
-
-def limit_groups(biased: Tensor, n_group: int, topk_group: int, best: int = 2) -> Tensor:
-    """Scores with every expert outside a token's best groups at -inf. biased (M, E) -> (M, E).
-
-    A group stands for a node: the limit caps how many nodes a token's copies travel to. The mask
-    is -inf and not 0, because a biased score may be negative and 0 would then win.
-    """
-    chosen = group_scores(biased, n_group, best).topk(topk_group, dim=-1).indices  # (M, topk_group)
-    kept = torch.zeros(len(biased), n_group, dtype=torch.bool, device=biased.device)
-    kept = kept.scatter(1, chosen, True).repeat_interleave(biased.shape[1] // n_group, dim=1)
-    return biased.masked_fill(~kept, -math.inf)
+    worth = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # (M, G)
+    kept = torch.zeros_like(worth, dtype=torch.bool)
+    kept.scatter_(-1, worth.topk(topk_group, dim=-1).indices, True)
+    limited = grouped.masked_fill(~kept[..., None], -math.inf).flatten(-2)  # (M, E)
+    return limited.topk(top_k, dim=-1).indices
 
 
 def combine_weights(
@@ -76,12 +72,14 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, cfg: ModelConfig) -> R
     group_limited_greedy (V2): no bias, groups by their best. greedy (V2-Lite): top-k of all.
     """
     scores = affinities(x, weight, cfg.scoring_func)
+    k = cfg.num_experts_per_tok
     with torch.no_grad():
         biased = scores if bias is None or cfg.topk_method != "noaux_tc" else scores + bias
-        if cfg.topk_method != "greedy" and cfg.topk_group < cfg.n_group:
+        if cfg.topk_method == "greedy" or cfg.topk_group == cfg.n_group:
+            indices = biased.topk(k, dim=-1).indices  # (M, K)
+        else:
             best = 2 if cfg.topk_method == "noaux_tc" else 1
-            biased = limit_groups(biased, cfg.n_group, cfg.topk_group, best)
-        indices = biased.topk(cfg.num_experts_per_tok, dim=-1).indices  # (M, K)
+            indices = choose_experts(biased, cfg.n_group, cfg.topk_group, k, best)
     factor = cfg.routed_scaling_factor
     return Routing(indices, combine_weights(scores, indices, cfg.norm_topk_prob, factor), scores)
 
