@@ -86,11 +86,26 @@ def expert(cfg: ModelConfig) -> int:
     return 3 * cfg.hidden_size * cfg.moe_intermediate_size
 
 
+def moe_layer(cfg: ModelConfig) -> tuple[int, int]:
+    """One layer's mixture of experts: its parameters, and those that a token is multiplied with.
+
+    The gate scores every expert and the shared ones serve every token, so both count whole; of the
+    routed experts a token meets num_experts_per_tok.
+    """
+    expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size  # gate, up and down
+    gate = cfg.n_routed_experts * cfg.hidden_size
+    if cfg.topk_method == "noaux_tc":
+        gate += cfg.n_routed_experts  # the balance bias
+    always = gate + cfg.n_shared_experts * expert
+    return always + cfg.n_routed_experts * expert, always + cfg.num_experts_per_tok * expert
+
+
 def routed_resting(cfg: ModelConfig) -> int:
     """Routed experts' parameters that a token does not meet in one MoE layer."""
     if cfg.n_routed_experts is None:
         return 0
-    return (cfg.n_routed_experts - cfg.num_experts_per_tok) * expert(cfg)
+    total, met = moe_layer(cfg)
+    return total - met
 
 
 def mtp(cfg: ModelConfig) -> int:

@@ -4,6 +4,7 @@ E experts, M tokens, K experts per token. The losses that V3 mostly does without
 `balance_losses`. DeepSeek-V3 report, section 2.1.2; loss-free balancing, arXiv 2408.15664.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,15 +37,43 @@ def update_bias(bias: Tensor, counts: Tensor, gamma: float, zero_mean: bool = Fa
     sign of the gap counts. `zero_mean` keeps the biases' sum where it was (Moonlight's variant).
     Loss-free balancing, algorithm 1; V3: gamma 0.001 for 14.3T tokens, then 0.
     """
-    counts = counts.to(bias.dtype)
-    step = (counts.mean() - counts).sign()  # (E,)
+    # In whole numbers: a float32 mean of many tokens is rounded, and even loads would look uneven.
+    step = (counts.sum() - len(counts) * counts).sign().to(bias.dtype)  # (E,)
     return bias + gamma * (step - step.mean() if zero_mean else step)
+
+
+def balanced_step(
+    micro_batches: list[Tensor],
+    bias: Tensor,
+    gamma: float,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+) -> tuple[list[Tensor], Tensor]:
+    """One optimizer step's routing in one layer, as V3 defines it, written out.
+
+    micro_batches: each one's scores (M, E); bias (E,). Returns each one's weights (M, K), and the
+    bias for the next step. Gate and update_biases do the same in parts.
+    """
+    weights, counts = [], torch.zeros_like(bias)
+    for scores in micro_batches:
+        grouped = (scores + bias).unflatten(-1, (n_group, -1))  # (M, G, E / G)
+        worth = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (M, G)
+        chosen = worth.topk(topk_group, dim=-1).indices  # (M, topk_group)
+        kept = (chosen[..., None] == torch.arange(n_group)).any(dim=1)  # (M, G)
+        limited = grouped.masked_fill(~kept[..., None], -math.inf).flatten(-2)  # (M, E)
+        indices = limited.topk(top_k, dim=-1).indices  # (M, K)
+        picked = scores.gather(1, indices)  # (M, K)
+        weights.append(picked / picked.sum(dim=-1, keepdim=True))
+        counts += torch.bincount(indices.flatten(), minlength=len(bias))
+    return weights, bias + gamma * (counts.mean() - counts).sign()
 
 
 class Watch:
     """What the gates of a model decided in their last forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: list[str]) -> None:
+        self.names = names  # of the gates, in the model's order, whichever of them runs first
         self.routings: dict[str, Routing] = {}  # by module name
 
     def counts(self) -> Tensor:
@@ -54,7 +83,7 @@ class Watch:
                 "No gate has run yet, so there is no load to count. Run the model inside "
                 "`with watch(model) as seen:` first; a model without experts has no gates at all."
             )
-        each = self.routings.values()
+        each = [self.routings[name] for name in self.names if name in self.routings]
         return torch.stack([expert_counts(r.indices, r.scores.shape[-1]) for r in each])
 
 
@@ -65,8 +94,8 @@ def watch(model: nn.Module) -> Iterator[Watch]:
     A gate that runs again, as recomputation in backward makes it, replaces its own entry: a count
     taken after the forward pass holds each token once.
     """
-    seen = Watch()
     gates = [(name, part) for name, part in model.named_modules() if isinstance(part, Gate)]
+    seen = Watch([name for name, _ in gates])
     hooks = [gate.register_forward_hook(_keeper(seen, name)) for name, gate in gates]
     try:
         yield seen
@@ -90,10 +119,12 @@ def update_biases(model: nn.Module, counts: Tensor, gamma: float, zero_mean: boo
     summed: per micro-batch it would move faster and follow noise. A gate without a bias stays.
     """
     gates = [part for part in model.modules() if isinstance(part, Gate)]
-    if len(gates) != len(counts):
+    n_experts = gates[0].cfg.n_routed_experts if gates else 0
+    if tuple(counts.shape) != (len(gates), n_experts):
         raise ValueError(
-            f"The model has {len(gates)} gates and the counts {len(counts)} rows. A bias would "
-            "follow another layer's load. Take the counts from watch(model) of the same model."
+            f"The model has {len(gates)} gates of {n_experts} experts, and the counts have shape "
+            f"{tuple(counts.shape)}. A bias would follow another layer's load. Take the counts "
+            "from watch(model) of the same model, MTP modules run (drafts=True) if it has any."
         )
     for gate, load in zip(gates, counts):
         if gate.e_score_correction_bias is not None:

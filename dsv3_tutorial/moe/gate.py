@@ -6,6 +6,7 @@ DeepSeek-V3 report, section 2.1.2; DeepSeek-V2 report, section 2.2.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,12 @@ def affinities(x: Tensor, weight: Tensor, scoring_func: str = "sigmoid") -> Tens
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = F.linear(x.to(wide), weight.to(wide))  # (M, E)
     return logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
+
+
+def _without_autocast(kind: str) -> AbstractContextManager:
+    """Autocast would round the scores to BF16: experts 0.001 apart, one bias step, would tie."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def choose_experts(
@@ -71,7 +78,8 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, cfg: ModelConfig) -> R
     noaux_tc (V3): the bias (E,) joins the choice, groups by their two best; bias None counts as 0.
     group_limited_greedy (V2): no bias, groups by their best. greedy (V2-Lite): top-k of all.
     """
-    scores = affinities(x, weight, cfg.scoring_func)
+    with _without_autocast(x.device.type):
+        scores = affinities(x, weight, cfg.scoring_func)
     k = cfg.num_experts_per_tok
     with torch.no_grad():
         biased = scores if bias is None or cfg.topk_method != "noaux_tc" else scores + bias

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3_tutorial.learn.exercises.attention.draw import randn
+from dsv3_tutorial.learn.draw import randn
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
 

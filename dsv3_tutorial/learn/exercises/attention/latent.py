@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_tutorial.learn.exercises.attention.draw import randn
+from dsv3_tutorial.learn.draw import randn
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsv3_tutorial.learn.exercises.attention.draw import randn
+from dsv3_tutorial.learn.draw import randn
 from dsv3_tutorial.learn.registry import Budget, Case, Exercise, Mutant
 
 
