@@ -27,14 +27,17 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return multiply(rows, weight.transpose(-2, -1), offs=ends)
 
 
-def grouped_mm_problem(x: Tensor) -> str | None:
-    """Why grouped_mm cannot take this tensor, in words; None where it can."""
+def grouped_mm_problem(x: Tensor, *sides: int) -> str | None:
+    """Why grouped_mm cannot take x and matrices with these sides, in words; None where it can."""
     if not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
         return "this torch has no grouped_mm"
     dtypes = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
     if x.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
         return f"grouped_mm takes {names} on {x.device.type}, and x is {x.dtype}"
+    odd = [side for side in sides if side * x.element_size() % 16]
+    if odd:
+        return f"grouped_mm needs rows of whole 16 bytes, and {odd[0]} numbers of {x.dtype} are not"
     return None
 
 
