@@ -170,8 +170,9 @@ def write(config: Any) -> dict[str, Any]:
         values["quantization_config"] = quantization
     for name in _implied_fields(config):
         del values[name]
-    # null says "queries are not compressed"; left out, transformers would take the 671B model's
-    kept = ("q_lora_rank",) if config.is_mla else ()
+    # null says "queries are not compressed" and "as many as heads"; left out, transformers would
+    # take the 671B model's
+    kept = ("q_lora_rank", "num_key_value_heads") if config.is_mla else ()
     written = {k: v for k, v in values.items() if v is not None or k in kept}
     return {"hidden_act": "silu", **written}
 

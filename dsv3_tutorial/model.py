@@ -4,9 +4,13 @@ B batch, S positions, D hidden_size, V vocab_size. The keys of `state_dict()` ar
 transformers has in memory: all experts of a layer in one tensor. `checkpoint` splits them on disk.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+from dsv3_tutorial import checkpoint
 from dsv3_tutorial.attention.cache import FullCache, LatentCache
 from dsv3_tutorial.block import Block, initialize
 from dsv3_tutorial.config import ModelConfig
@@ -87,6 +91,41 @@ class DeepSeekV3(nn.Module):
             hidden, guessed = self.draft(hidden[:, :-1], input_ids[:, k + 1 :], k)
             logits.append(guessed)
         return logits
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        mtp: bool = True,
+    ) -> "DeepSeekV3":
+        """The model in a checkpoint's folder, with config.json and safetensors as published.
+
+        dtype None keeps what is stored, FP8 as bfloat16. mtp=False leaves out the modules for
+        multi-token prediction. Raises ConfigError or CheckpointError with all that is wrong, before
+        there is a model. Memory: the weights once, and one tensor more.
+        """
+        published = checkpoint.read_config(folder)
+        cfg = published if mtp else replace(published, num_nextn_predict_layers=0)
+        with torch.device("meta"):
+            model = cls(cfg)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.load_state_dict(
+            checkpoint.load(folder, published, shapes, dtype, device), assign=True
+        )
+        if cfg.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight  # two parameters by now
+        return model
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, quantize: str | None = None
+    ) -> None:
+        """Write the public layout, which from_pretrained and transformers read. See `checkpoint`.
+
+        quantize="fp8" stores the projections as DeepSeek-V3's own files do, a quarter of the bytes.
+        """
+        checkpoint.save(folder, self.cfg, self.state_dict(), dtype, quantize)
 
     def caches(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Caches:
         """One empty cache per layer, MTP modules last, for `batch` sequences of `length` tokens.

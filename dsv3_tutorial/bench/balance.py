@@ -26,7 +26,7 @@ from dsv3_tutorial.train.recipe import Recipe
 from dsv3_tutorial.train.step import TrainingState, optimizer_for, train_step
 
 NAME = "balance"
-STEPS, BATCH, SEQ_LEN, EVERY = 500, 8, 128, 10
+STEPS, BATCH, SEQ_LEN, EVERY = 300, 8, 128, 10
 CONFIG = replace(
     ModelConfig.named("tiny"),
     first_k_dense_replace=1,
