@@ -161,9 +161,14 @@ def _receipt(variant: str, seed: int, curve: Curve) -> receipts.Receipt:
         "held_out_violation": round(curve.held_out_violation, 4),
         "domains": curve.domains,
     }
-    spread = {"min": value, "max": value}
     return receipts.Receipt(
-        "held-out loss", shapes, value, "bits per byte", spread, 1, **machine.here()
+        what="held-out loss",
+        shapes=shapes,
+        value=value,
+        unit="bits per byte",
+        spread={"min": value, "max": value},
+        repeats=1,
+        **machine.here(),
     )
 
 
