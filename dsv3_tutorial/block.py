@@ -37,7 +37,12 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, std: float) -> None:
-    """Draw every matrix of `module` from a normal of width `std` (the report, section 4.2)."""
+    """Draw every matrix of `module` from a normal of width `std` (the report, section 4.2).
+
+    On the meta device there is nothing to draw, and torch would load its compiler to find out.
+    """
+    if next(module.parameters()).is_meta:
+        return
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std)

@@ -261,11 +261,39 @@ def test_a_forced_engine_that_cannot_run_says_what_is_wrong(monkeypatch):
     assert "the tensor is on 'cpu'" in problem or "not installed" in problem
 
 
-def test_without_a_choice_a_cpu_tensor_is_run_by_the_sorted_loop():
+def test_without_a_choice_a_cpu_tensor_is_run_by_the_fastest_that_takes_it():
     floats, indices, grad = case(LOADS["uneven"], dtype=torch.float32)
-    assert fastest(floats[0], 12) == "sorted"
-    chosen, forced = (run(engine, floats, indices, grad) for engine in (None, "sorted"))
+    assert fastest(floats[0], 12) == "grouped_mm"
+    chosen, forced = (run(engine, floats, indices, grad) for engine in (None, "grouped_mm"))
     assert torch.equal(chosen[0], forced[0])
+    assert fastest(floats[0].double(), 12) == fastest(floats[0], 13) == "sorted"
+
+
+@pytest.mark.parametrize("load", [name for name, load in LOADS.items() if load])
+def test_a_few_rows_without_sorting_are_the_definition(load):
+    floats, indices, _ = case(LOADS[load])
+    with torch.no_grad():
+        out = experts.experts_few(floats[0], indices, *floats[1:])
+    torch.testing.assert_close(out, by_hand(floats, indices))
+
+
+def test_only_a_few_rows_without_a_gradient_are_left_unsorted(monkeypatch):
+    """One token of top 4 is decoding; 9 rows are not, and neither is anything that learns."""
+    asked = []
+    monkeypatch.setattr(experts, "experts_few", lambda x, *_: asked.append(len(x)) or x)
+
+    def forward(load, engine=None):
+        floats, indices, _ = case(load)
+        run_experts(floats[0], indices, *floats[1:], engine)
+
+    with torch.no_grad():
+        forward([[0, 1, 2, 3]])
+        forward([[0, 1, 2, 3]] * 2)
+        forward([[0, 1, 2]] * 3)
+        forward([[0, 1, 2, 3]], engine="sorted")
+        forward([])
+    forward([[0, 1, 2, 3]])
+    assert asked == [1, 2]
 
 
 @pytest.mark.parametrize(
