@@ -13,7 +13,10 @@ from importlib.util import find_spec
 BENCHES = {
     "machine": "dsv3_tutorial.bench.machine",
     "attention": "dsv3_tutorial.bench.attention",
+    "moe": "dsv3_tutorial.bench.moe",
     "learning": "dsv3_tutorial.bench.learning",
+    "baselines": "dsv3_tutorial.bench.baselines",
+    "balance": "dsv3_tutorial.bench.balance",
 }
 
 
@@ -25,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     options, options.rest = parser.parse_known_args(argv)
-    if options.rest and (options.run is not _bench or len(options.names) != 1):
+    takes_more = options.run is _train or (options.run is _bench and len(options.names) == 1)
+    if options.rest and not takes_more:
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         return options.run(options) or 0
@@ -70,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="say which there are, and run none")
     bench.add_argument("--out", metavar="FOLDER", help="receipts go here (default: data/measured)")
 
+    commands.add_parser("train", add_help=False, help="train a model on real text").set_defaults(
+        run=_train
+    )
+
     grade = _command(commands, "grade", _grade, "run submitted notebooks again and judge them")
     grade.add_argument("files", nargs="+", metavar="FILE")
     grade.add_argument("--csv", action="store_true", help="one row an exercise, as CSV")
@@ -101,6 +109,12 @@ def _bench(options: argparse.Namespace) -> int:
     for name in options.names or known:
         importlib.import_module(known[name]).main([*options.rest, *out])  # its own options
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dsv3_tutorial.train import run
+
+    return run.main(options.rest)  # its own options
 
 
 def _grade(options: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ def test_help_is_quick_because_it_loads_neither_torch_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("doctor", "bench", "grade"))
+    assert all(command in done.stdout for command in ("doctor", "bench", "train", "grade"))
 
 
 @pytest.mark.parametrize("argv", [[], ["frobnicate"], ["bench", "nope"], ["grade"]], ids=str)
@@ -52,6 +52,15 @@ def test_wrong_usage_shows_the_usage_and_exits_2(argv, capsys):
         cli.main(argv)
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("usage: python -m dsv3_tutorial")
+
+
+def test_train_is_handed_its_own_options_as_they_are(monkeypatch):
+    calls = []
+    run = SimpleNamespace(main=lambda argv: calls.append(argv) or 0)
+    monkeypatch.setitem(sys.modules, "dsv3_tutorial.train.run", run)
+    monkeypatch.setattr("dsv3_tutorial.train.run", run, raising=False)
+    assert cli.main(["train", "--out", "my run", "--steps", "3", "--help"]) == 0
+    assert calls == [["--out", "my run", "--steps", "3", "--help"]]
 
 
 def test_an_interrupt_exits_130_without_a_traceback(bench, capsys):

@@ -7,6 +7,8 @@ is made for a million optimizer steps; in a run of hundreds it has to be larger,
 import argparse
 import math
 import sysconfig
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,11 +71,8 @@ class Curve:
 
 def run(variant: str, seed: int, text: corpus.Corpus, steps: int = STEPS) -> Curve:
     """Train one variant with one seed and look at what its experts do afterwards."""
-    torch.manual_seed(seed)
-    recipe = _recipe(variant, seed, steps)
-    model = DeepSeekV3(CONFIG)
-    sampler = corpus.Sampler(text.train, BATCH, SEQ_LEN, seed)
-    state = TrainingState(model, optimizer_for(model, recipe.peak_lr), sampler, recipe)
+    state = _begin(variant, seed, text, steps)
+    model = state.model
     rows = [_step(state) for _ in range(steps)]
     means = [_mean(rows[at : at + EVERY]) for at in range(0, steps, EVERY)]
     at = [min(steps, begin + EVERY) for begin in range(0, steps, EVERY)]
@@ -82,7 +81,37 @@ def run(variant: str, seed: int, text: corpus.Corpus, steps: int = STEPS) -> Cur
     return Curve(at, loss, violation, held_out, _violation(model, text.held_out), domains(model))
 
 
+def live(
+    variant: str, seconds: float, seed: int = 100, text: corpus.Corpus | None = None
+) -> Iterator[tuple[int, float, float]]:
+    """The same run, here and now: (step, bits per byte, MaxVio) of each batch until time is over.
+
+    At least one step and at most STEPS; the seed is none of those on record. The loss is of the
+    batch before its update, MaxVio the mean over the layers.
+    """
+    began = time.perf_counter()
+    state = _begin(variant, seed, text or corpus.load(), STEPS)
+    for step in range(1, STEPS + 1):
+        yield step, *_step(state)
+        if time.perf_counter() - began > seconds:
+            return
+
+
+def _begin(variant: str, seed: int, text: corpus.Corpus, steps: int) -> TrainingState:
+    """A fresh model and the order of its text: one seed gives every variant the same of both."""
+    torch.manual_seed(seed)
+    recipe = _recipe(variant, seed, steps)
+    model = DeepSeekV3(CONFIG)
+    sampler = corpus.Sampler(text.train, BATCH, SEQ_LEN, seed)
+    return TrainingState(model, optimizer_for(model, recipe.peak_lr), sampler, recipe)
+
+
 def _recipe(variant: str, seed: int, steps: int) -> Recipe:
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"{variant!r} is no way to balance that this benchmark knows, so there is nothing to "
+            f"train. Choose one of: {'; '.join(VARIANTS)}."
+        )
     return Recipe(
         steps=steps,
         seed=seed,

@@ -19,7 +19,7 @@ def expert_combinations(n_experts: int, top_k: int, split: int = 1) -> int:
 def expected_nodes(n_experts: int, top_k: int, nodes: int) -> float:
     """How many nodes hold at least one of a token's experts, on average over evenly drawn sets.
 
-    A token's copy is sent once to each such node: 8 of 256 over 8 nodes touch 5.30, not 8. Raises
+    A token's copy is sent once to each such node: 8 of 256 over 8 nodes touch 5.29, not 8. Raises
     ValueError when the experts do not divide over the nodes.
     """
     if nodes < 1 or n_experts % nodes or not 0 <= top_k <= n_experts:

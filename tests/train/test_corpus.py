@@ -36,6 +36,46 @@ def test_the_loaded_bytes_are_the_files_bytes(tmp_path):
     assert loaded.held_out_files > 0
 
 
+def test_a_place_names_the_file_that_a_byte_comes_from(tmp_path):
+    texts = {f"{i}.txt": f"file {i}".encode() * (i % 3) for i in range(120)}  # some are empty
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    loaded = corpus.load(tmp_path)
+    assert len(loaded.places) == loaded.train_files
+    for begin, name in loaded.places:
+        stretch = bytes(loaded.train[begin : begin + len(texts[name])].numpy())
+        assert stretch == texts[name]
+        if texts[name]:
+            assert loaded.place(begin) == f"{name} + 0"
+            last = len(texts[name]) - 1
+            assert loaded.place(begin + last) == f"{name} + {last}"
+
+
+def test_a_fingerprint_changes_with_any_byte_of_either_split():
+    data = torch.arange(100, dtype=torch.uint8)
+    one = corpus.Corpus(data[:50], data[50:], 1, 1).fingerprint()
+    changed = data.clone()
+    for at in (0, 49, 50, 99):
+        changed[at] += 1
+        assert corpus.Corpus(changed[:50], changed[50:], 1, 1).fingerprint() != one
+        changed[at] -= 1
+    assert corpus.Corpus(changed[:50], changed[50:], 1, 1).fingerprint() == one
+
+
+def test_a_sampler_draws_the_windows_of_sample_and_goes_on_where_it_stood():
+    data = torch.randint(256, (999,), dtype=torch.uint8)
+    plain = torch.Generator().manual_seed(3)
+    sampler = corpus.Sampler(data, 4, 8, seed=3)
+    for _ in range(3):
+        drawn = sampler.draw()
+        assert torch.equal(drawn, corpus.sample(data, 4, 8, plain))
+        for row, start in zip(drawn, sampler.starts.flatten().tolist()):
+            assert torch.equal(row, data[start : start + 9].long())
+    later = corpus.Sampler(data, 4, 8, seed=0)
+    later.load_state_dict(sampler.state_dict())
+    assert later.drawn == 3 and torch.equal(later.draw(), sampler.draw())
+
+
 def test_a_folder_that_leaves_a_split_empty_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("alone")
     with pytest.raises(ValueError, match="both must have some"):

@@ -1,8 +1,8 @@
 """The recorded runs of six ways to balance the experts, and a live run drawn over them.
 
-A run is one receipt of `bench balance`: MaxVio and loss as means of ten steps, the held-out loss,
-and which experts each kind of text went to. Every function takes the runs it shall read, so that
-nothing it says is true of one set of receipts only.
+A run is one receipt of `bench balance`: MaxVio and loss as means of ten steps, and the held-out
+loss; `balance_domains` reads which experts each kind of text went to. Every function can be given
+the runs to read, so that nothing it says is true of one set of receipts only.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,10 @@ from statistics import mean, stdev
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
 from dsv3_tutorial import receipts
-from dsv3_tutorial.bench.balance import CONFIG, EVERY, NAME, VARIANTS
+from dsv3_tutorial.bench.balance import EVERY, NAME, VARIANTS
 from dsv3_tutorial.learn.figures.style import (
     COMPUTE,
     INK,
@@ -29,7 +28,6 @@ from dsv3_tutorial.learn.figures.style import (
 Runs = dict[str, dict[int, receipts.Receipt]]
 BASE = "none"
 LAST = 50  # steps at the end of a run that count as its outcome
-SPREAD = np.log2([0.25, 0.5, 1, 2, 4])  # an expert's share: at most E / K = 4 times the even one
 
 
 def runs(folder: Path | None = None) -> Runs:
@@ -86,8 +84,11 @@ def paired(found: Runs, base: str = BASE) -> dict[str, tuple[float, float | None
     Only seeds that both have; no error from a single one.
     """
     other = found.get(base, {})
-    gaps = {v: [r.value - other[s].value for s, r in seeds.items() if s in other]
-            for v, seeds in found.items() if v != base}
+    gaps = {
+        v: [r.value - other[s].value for s, r in seeds.items() if s in other]
+        for v, seeds in found.items()
+        if v != base
+    }
     return {v: (mean(gap), _error(gap)) for v, gap in gaps.items() if gap}
 
 
@@ -100,20 +101,22 @@ def balance_table(found: Runs | None = None) -> None:
     found = found or runs()
     loss, gaps = held_out(found), paired(found)
     last, whole = last_violation(found), held_out_violation(found)
-    print(f"{'balanced by':20}{'bits/byte':>10}{'minus none, paired':>20}{'MaxVio':>8}{'held out':>10}")
+    heads = f"{'bits/byte':>10}{'minus none, paired':>20}{'MaxVio':>8}{'held out':>10}"
+    print(f"{'balanced by':20}{heads}")
     for variant in found:
         gap = _signed(*gaps[variant]) if variant in gaps else ""
         numbers = f"{loss[variant]:>10.3f}{gap:>20}{last[variant]:>8.2f}{whole[variant]:>10.2f}"
         print(f"{variant:20}{numbers}")
     print(f"MaxVio: batches of the last {LAST} steps, and the held-out text as a whole; 0 is even")
-    print(f"{_seeds(found)}; +- is the standard error over the seeds")
+    print(f"{seeds_in_words(found)}; +- is the standard error over the seeds")
 
 
 def _signed(gap: float, error: float | None) -> str:
     return f"{gap:+.3f}" + (f" +- {error:.3f}" if error is not None else "")
 
 
-def _seeds(found: Runs) -> str:
+def seeds_in_words(found: Runs) -> str:
+    """How many seeds stand behind each variant: "3 seeds each"."""
     low, high = min(map(len, found.values())), max(map(len, found.values()))
     return (f"{low}" if low == high else f"{low} to {high}") + f" seed{'s' * (high > 1)} each"
 
@@ -127,7 +130,8 @@ def balance_curves(found: Runs | None = None) -> Figure:
         _band(right, found, variant, "loss")
     plain_log(left.yaxis, subs=(1.0, 2.0, 5.0))
     loss = held_out(found)
-    right.set_ylim(min(loss.values()) - 0.3, max(loss.values()) + 2)
+    lowest = min(_over_steps(seeds, "loss")[1].min() for seeds in found.values())
+    right.set_ylim(lowest - 0.1, lowest + 2.5)  # the fall from 8 bits would hide the rest
     ends = last_violation(found)
     best, worst = best_balanced(found), least_balanced(found)
     apart = max(loss.values()) - min(loss.values())
@@ -135,7 +139,9 @@ def balance_curves(found: Runs | None = None) -> Figure:
     finish(fig, left, title, f"steps (means of {EVERY})", "MaxVio, mean over layers", legend=False)
     title = f"Held-out losses end within\n{apart:.3f} bits per byte"
     finish(fig, right, title, f"steps (means of {EVERY})", "bits per byte", legend=False)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    fig.legend(
+        *left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+    )
     return _captioned(fig, found)
 
 
@@ -156,3 +162,82 @@ def _over_steps(seeds: dict[int, receipts.Receipt], what: str) -> tuple[list[int
 def _captioned(fig: Figure, found: Runs) -> Figure:
     note(fig, receipts.caption([r for seeds in found.values() for r in seeds.values()]))
     return fig
+
+
+def fast_enough(found: Runs | None = None) -> dict[str, int | None]:
+    """For each bias: the first recorded step with half of the MaxVio that no balancing ended at.
+
+    None for a gamma that is not below that half over the last LAST steps, whatever it reached.
+    """
+    found = found or runs()
+    ends = last_violation(found)
+    half = ends[BASE] / 2
+    arrived = {}
+    for variant in (v for v in found if v.startswith("bias")):
+        steps, values = _over_steps(found[variant], "max_violation")
+        below = [step for step, value in zip(steps, values.mean(axis=0)) if value <= half]
+        arrived[variant] = below[0] if below and ends[variant] <= half else None
+    return arrived
+
+
+def gammas(found: Runs | None = None) -> Figure:
+    """MaxVio over the steps without balancing and with three speeds of the bias."""
+    found = found or runs()
+    arrived, ends = fast_enough(found), last_violation(found)
+    fig, ax = figure(9, 4.8)
+    for variant in (BASE, *arrived):
+        _band(ax, found, variant, "max_violation")
+    half = f"half of what {BASE} ended at"
+    ax.axhline(ends[BASE] / 2, color=INK, linestyle=":", label=half)
+    plain_log(ax.yaxis, subs=(1.0, 2.0, 5.0))
+    finish(fig, ax, _speeds(arrived, ends), f"steps (means of {EVERY})", "MaxVio, mean over layers")
+    ax.legend(fontsize=10, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return _captioned(fig, found)
+
+
+def _speeds(arrived: dict[str, int | None], ends: dict[str, float]) -> str:
+    """Which gammas halve the MaxVio of no balancing, after how many steps, and which do not."""
+    short = {variant: variant.removeprefix("bias, ") for variant in arrived}
+    fast = [f"{short[v]} after {step} steps" for v, step in arrived.items() if step is not None]
+    slow = [f"{short[v]} ends at {ends[v]:.2f}" for v, step in arrived.items() if step is None]
+    parts = [
+        f"Without balancing MaxVio is {ends[BASE]:.2f}, halved by",
+        ", ".join(fast) or "no gamma",
+    ]
+    return "\n".join(parts + ([f"({', '.join(slow)})"] if slow else []))
+
+
+def balance_live(
+    rows: Sequence[tuple[int, float, float]], recorded_variant: str, found: Runs | None = None
+) -> Figure:
+    """This machine's MaxVio, in means of EVERY steps as recorded, over the recorded seeds' band."""
+    found = found or runs()
+    steps, band = _over_steps(found[recorded_variant], "max_violation")
+    fig, ax = figure(8, 4.2)
+    low, high = band.min(axis=0), band.max(axis=0)
+    label = f"{recorded_variant}, recorded"
+    ax.fill_between(steps, low, high, color=COMPUTE, alpha=0.35, label=label)
+    ax.plot(steps, band.mean(axis=0), color=COMPUTE, linewidth=1)
+    at, values = _in_blocks(rows)
+    ax.plot(at, values, "o-", color=INK, markersize=4, label="this run")
+    index = min(len(steps), -(-at[-1] // EVERY)) - 1
+    title = (
+        f"After {at[-1]} steps here: MaxVio {values[-1]:.2f}, recorded {band[:, index].mean():.2f}"
+    )
+    ax.set_xlim(0, min(steps[-1], max(5 * EVERY, at[-1] * 1.3)))
+    return _captioned(
+        finish(fig, ax, title, f"steps (means of {EVERY})", "MaxVio, mean over layers"),
+        {recorded_variant: found[recorded_variant]},
+    )
+
+
+def _in_blocks(rows: Sequence[tuple[int, float, float]]) -> tuple[list[int], list[float]]:
+    """Each whole block of EVERY steps: its last step and its mean MaxVio; a short run is one."""
+    if not rows:
+        raise ValueError(
+            "The live run left no step, so there is nothing to draw over the record. "
+            "Run the cell that trains first: it takes one step at least."
+        )
+    size = min(EVERY, len(rows))
+    blocks = [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
+    return [block[-1][0] for block in blocks], [mean(row[2] for row in block) for block in blocks]

@@ -94,7 +94,7 @@ EXPECTED_NODES = Exercise(
         Mutant(
             "drawn again",
             _drawn_again,
-            "This draws each expert anew: it cannot be chosen twice (5.25 for V3, not 5.30).",
+            "This draws each expert anew: it cannot be chosen twice (5.25 for V3, not 5.29).",
         ),
         Mutant(
             "all different",

@@ -1,0 +1,1 @@
+"""More processes than one: each module wraps a model that knows nothing of ranks."""

@@ -1,0 +1,187 @@
+"""One update of a run: accumulate, check, clip, step, and move the balance bias once.
+
+B sequences of S symbols; a batch (B, S + 1) holds inputs and what follows them. DeepSeek-V3
+technical report, sections 2.1.2 (balance), 2.2 (multi-token prediction) and 4.2 (the numbers).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dsv3_tutorial.moe.balance import Watch, max_violation, update_biases, watch
+from dsv3_tutorial.moe.balance_losses import batch_wise_loss, sequence_wise_loss
+from dsv3_tutorial.parallel.data import Ranks, synchronise
+from dsv3_tutorial.train.corpus import Sampler
+from dsv3_tutorial.train.fault import report
+from dsv3_tutorial.train.precision import give_gradients, take_weights
+from dsv3_tutorial.train.recipe import BETAS, CLIP, WEIGHT_DECAY, Recipe
+
+Phases = Callable[[str], AbstractContextManager]
+
+
+@dataclass
+class TrainingState:
+    """All that a run is after `step` updates; what a checkpoint holds to go on bit for bit.
+
+    `worker` runs forward and backward: the model itself, unless it is its BF16 copy (`precision`).
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    recipe: Recipe
+    step: int = 0
+    worker: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        self.worker = self.worker or self.model
+
+
+class Losses(NamedTuple):
+    """What a forward pass says: `objective` is minimised; the parts in nats per symbol, weightless.
+
+    counts (layers, E) int64: the tokens each expert got; (0, 0) for a dense model.
+    """
+
+    objective: Tensor
+    main: Tensor
+    mtp: Tensor
+    balance: Tensor
+    counts: Tensor
+
+
+class Update(NamedTuple):
+    """What an update left behind, as numbers. `loss`, `mtp_loss` in nats per symbol."""
+
+    loss: float
+    mtp_loss: float
+    balance_loss: float
+    grad_norm: float
+    counts: Tensor
+
+    def violation(self) -> tuple[float, float] | None:
+        """MaxVio's mean over the layers, and the worst layer's; None for a dense model."""
+        if not self.counts.numel():
+            return None
+        each = max_violation(self.counts)
+        return each.mean().item(), each.max().item()
+
+
+def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: norms and biases have no scale to keep small."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decay, "weight_decay": WEIGHT_DECAY},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+
+
+def nats(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy: logits (B, S, V), target (B, S) -> scalar, nats per symbol."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), target.flatten())  # (B * S, V)
+
+
+def predict(model: nn.Module, inputs: Tensor, drafts: bool) -> tuple[Tensor, list[Tensor]]:
+    """Logits (B, S, V), and each MTP module's (B, S - 1 - k, V) where `drafts` asks for them."""
+    if not drafts or not model.cfg.num_nextn_predict_layers:
+        return model(inputs), []
+    return model(inputs, drafts=True)
+
+
+def draft_nats(drafts: list[Tensor], batch: Tensor) -> Tensor:
+    """The MTP modules' mean loss: draft k at position i answers for symbol i + 2 + k. Scalar."""
+    each = [nats(draft, batch[:, 2 + k :]) for k, draft in enumerate(drafts)]
+    return torch.stack(each).mean() if each else torch.zeros((), device=batch.device)
+
+
+def balance_loss(seen: Watch, batch: int, kind: str) -> Tensor:
+    """The mean over layers of the balance loss that `kind` asks for, before alpha. Scalar.
+
+    "bias" takes the sequence-wise loss beside the bias, as V3 does. The load it counts is that of
+    the choice really made, bias included.
+    """
+    routings = list(seen.routings.values())
+    if kind == "none" or not routings:
+        return torch.zeros(())
+    if kind == "batch":
+        each = [batch_wise_loss(r.scores, r.indices) for r in routings]
+    else:
+        each = [sequence_wise_loss(r.scores, r.indices, batch) for r in routings]
+    return torch.stack(each).mean()
+
+
+def losses(model: nn.Module, batch: Tensor, recipe: Recipe, step: int) -> Losses:
+    """Forward on a micro-batch (B, S + 1). The graph hangs on `objective` alone."""
+    weight, alpha = recipe.mtp_weight_at(step), recipe.alpha
+    with watch(model) as seen:
+        logits, drafts = predict(model, batch[:, :-1], drafts=weight > 0)
+    main, mtp = nats(logits, batch[:, 1:]), draft_nats(drafts, batch)
+    balance = balance_loss(seen, len(batch), recipe.balance if alpha else "none")
+    counts = seen.counts() if seen.routings else torch.zeros(0, 0, dtype=torch.int64)
+    objective = main + weight * mtp + alpha * balance.to(main.device)
+    return Losses(objective, main.detach(), mtp.detach(), balance.detach(), counts)
+
+
+def accumulate(state: TrainingState, rows: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
+    """Add up the gradients of a rank's rows (B, S + 1), micro-batch by micro-batch.
+
+    Returns the mean (main, mtp, balance) (3,) and the summed counts (layers, E). Equal parts make
+    the mean of their means the batch's mean; a batch-wise balance loss sees one part at a time.
+    """
+    parts = rows.chunk(state.recipe.micro_batches)
+    means, counts = torch.zeros(3, device=rows.device), 0
+    for i, part in enumerate(parts):
+        synchronise(state.worker, last=i == len(parts) - 1)
+        with phases("forward"):
+            found = losses(state.worker, part, state.recipe, state.step)
+        with phases("backward"):
+            (found.objective / len(parts)).backward()
+            give_gradients(state.worker, state.model)
+        means += torch.stack([x.to(means) for x in found[1:4]]) / len(parts)
+        counts = counts + found.counts
+    return means, counts
+
+
+def train_step(state: TrainingState, batch: Tensor, ranks: Ranks, phases: Phases) -> Update:
+    """One update on the global batch (B, S + 1): of the weights once, and of the bias once.
+
+    Raises NotFinite, with the step, the batch and the tensor, before any weight changes.
+    """
+    rows = ranks.share(batch).to(ranks.device)
+    means, counts = accumulate(state, rows, phases)
+    with phases("optimizer"):
+        params = [p for p in state.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in params], foreach=True)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        means = ranks.sum(means) / ranks.size
+        loss, mtp, balance, size = torch.cat([means, norm.to(means)[None]]).tolist()
+        if not means.sum().add(norm).isfinite():
+            numbers = {"loss": loss, "MTP loss": mtp, "gradient norm": size}
+            raise report(state, batch, rows, ranks, numbers, state.sampler.place)
+        if size > CLIP:
+            clip_grads_with_norm_(params, CLIP, norm, foreach=True)
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.recipe.learning_rate(state.step)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        counts = _balance(state, ranks.sum(counts) if counts.numel() else counts)
+        take_weights(state.worker, state.model)
+    state.step += 1
+    return Update(loss, mtp, balance, size, counts)
+
+
+def _balance(state: TrainingState, counts: Tensor) -> Tensor:
+    """Move every gate's bias once, by the whole batch's counts (layers, E); those, on the CPU."""
+    gamma = state.recipe.gamma_at(state.step)
+    if gamma and counts.numel():
+        update_biases(state.model, counts, gamma)
+    return counts.cpu()
