@@ -16,6 +16,7 @@ BENCHES = {
     "moe": "dsv3_tutorial.bench.moe",
     "learning": "dsv3_tutorial.bench.learning",
     "baselines": "dsv3_tutorial.bench.baselines",
+    "clinic": "dsv3_tutorial.bench.clinic",
     "balance": "dsv3_tutorial.bench.balance",
 }
 

@@ -44,7 +44,7 @@ def attend(
         mask = visible(cache.lengths, queries, cached)[:, None]  # (B, 1, S, T)
     width = values.shape[-1]
     if mask is None and q.device.type == "cpu" and width < q.shape[-1]:
-        # the fused CPU kernel wants one width for all three: 1.4 to 2.1 times faster, zeros included
+        # the fused CPU kernel wants one width for all: 1.4 to 2.1 times faster, zeros included
         values = F.pad(values, (0, q.shape[-1] - width))
     out = F.scaled_dot_product_attention(
         *(part.transpose(1, 2) for part in (q, keys, values)),

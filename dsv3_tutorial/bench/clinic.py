@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dsv3_tutorial.bench import clinic_train, machine
 from dsv3_tutorial.bench.clinic_cases import CASES, Case, named
@@ -142,6 +143,15 @@ def _judge(shown: tuple, held: tuple) -> Separation:
         message = f"it parts the runs that you see ({ranges}), and not those of a seed held back"
         return Separation("not_yet", message, sick, healthy, border)
     return Separation("passed", f"{ranges}; unseen runs as well", sick, healthy, border)
+
+
+def memorises(loss: Tensor, held_out: Tensor) -> bool:
+    """Whether a run has learnt its text by heart: it does well on it, and badly on any other.
+
+    loss (steps,) of the batches, held_out (measurements,), both in bits per byte. A run's own noise
+    is 0.2; more than half a bit between the ends of the two is another text.
+    """
+    return bool(held_out[-1] - loss[-20:].mean() > 0.5)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -133,7 +133,7 @@ CASES = [
         explanation="The experts' sum is 2.5 times too large beside the shared expert and the "
         "residual stream. Weights could shrink and undo it, given time: a gap that closes slowly "
         "looks like a poor setting and is a bug.",
-        statistic=lambda run: run.held_out[-4:].mean(),
+        statistic=lambda run: run.loss[60:120].mean(),
         plant=bugs.scaled_twice,
     ),
     Case(
@@ -162,7 +162,7 @@ CASES = [
         symptom="The loss follows the sound one and parts from it: it stays higher.",
         explanation="A score then depends on where the query stands and not on how far the key is. "
         "Without distance the model falls back on which bytes are near in meaning, not in place.",
-        statistic=lambda run: run.held_out[-4:].mean(),
+        statistic=lambda run: run.loss[-100:].mean(),
         plant=bugs.keys_not_rotated,
     ),
     Case(

@@ -1,6 +1,15 @@
 """Lesson 4's exercises: the gate, the way to the experts, the load, and what lies further."""
 
-from dsv3_tutorial.learn.exercises.moe import choice, further, gate, load, parameters, way, whole
+from dsv3_tutorial.learn.exercises.moe import (
+    choice,
+    curves,
+    further,
+    gate,
+    load,
+    parameters,
+    way,
+    whole,
+)
 
 # in the order of the lesson
 EXERCISES = [
@@ -12,4 +21,5 @@ EXERCISES = [
     *way.EXERCISES,
     *further.EXERCISES,
     *whole.EXERCISES,
+    *curves.EXERCISES,
 ]
