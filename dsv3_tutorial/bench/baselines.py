@@ -107,13 +107,17 @@ def score(
     context: int = CONTEXT,
     windows: int | None = None,
     batch: int = 8,
+    sizes: Tensor | None = None,
 ) -> Score:
-    """Run `model`, whose tokens are bytes, over `text` (bytes,) uint8, as `cover` lays it out.
+    """Run `model` over `text` (symbols,), as `cover` lays it out; sizes (V,): bytes of a symbol.
 
-    One forward over twice as many tokens as are scored. The loss is summed in float64.
+    Without sizes the symbols are bytes. One forward over twice as many symbols as are scored, the
+    loss summed in float64 and divided by the bytes that the scored symbols stand for.
     """
     device = model.lm_head.weight.device
-    padded = F.pad(text, (1, 0), value=BEFORE_THE_TEXT).to(device)
+    sizes = (torch.ones(256) if sizes is None else sizes).long().to(device)
+    before = text.new_full((1,), BEFORE_THE_TEXT) if len(sizes) == 256 else text[:1]
+    padded = torch.cat([before, text]).to(device)
     nats, scored, agreements = 0.0, 0, []
     for group in _batches(cover(len(text), context, windows), batch):
         at = torch.stack([padded[w.begin : w.end + 1] for w in group]).long()  # (B, S + 1)
@@ -121,10 +125,10 @@ def score(
         logits, drafts = model(at[:, :-1], drafts=True)
         tail = logits[:, -last:].flatten(0, 1).double()  # (B * last, V)
         nats += F.cross_entropy(tail, at[:, -last:].flatten(), reduction="sum").item()
-        scored += len(tail)
+        scored += int(sizes[at[:, -last:]].sum())
         agreements += [_agreements(logits, guessed, last) for guessed in drafts[:1]]
     agreement = torch.cat(agreements).double().mean().item() if agreements else None
-    return Score(nats / scored / math.log(2), scored, agreement)
+    return Score(nats / scored / math.log(2), scored, agreement)  # per byte, in bits
 
 
 def _agreements(logits: Tensor, guessed: Tensor, last: int) -> Tensor:
@@ -184,16 +188,27 @@ def held_out_files(folder: Path | None) -> list[bytes]:
 
 
 def of_model(options: argparse.Namespace, text: Tensor) -> Iterator[receipts.Receipt]:
-    """The model in a folder, on the same text, as receipts. Raises ValueError if no byte model."""
+    """The model in a folder, on the same text, as receipts; in the symbols of its tokenizer.json.
+
+    Raises ValueError for a model of other symbols than bytes whose tokenizer is not there.
+    """
     dtype = getattr(torch, options.dtype)
     model = DeepSeekV3.from_pretrained(options.model, dtype=dtype, device=options.device).eval()
-    if model.cfg.vocab_size != 256:
+    symbols, sizes = text, None
+    vocabulary = options.model / "tokenizer.json"
+    if vocabulary.exists():
+        from dsv3_tutorial.train import bpe
+
+        files = corpus.files(options.text)[True].values()
+        symbols, sizes = bpe.symbols_of(b"\n".join(files), vocabulary.read_text("utf-8"))
+    elif model.cfg.vocab_size != 256:
         raise ValueError(
-            f"The model in {options.model} has {model.cfg.vocab_size} tokens, not the 256 bytes. "
-            "Its loss per token is not bits per byte. Name a model trained on bytes."
+            f"The model in {options.model} has {model.cfg.vocab_size} symbols, not the 256 bytes, "
+            "and no tokenizer.json. Its loss per symbol is not bits per byte. Put the tokenizer "
+            "that it was trained with into the folder."
         )
     context = min(options.context, model.cfg.max_position_embeddings)
-    found = score(model, text, context, options.windows, options.batch)
+    found = score(model, symbols, context, options.windows, options.batch, sizes)
     facts = {"context": context, "stride": context // 2, "scored_bytes": found.scored_bytes}
     facts |= {"dtype": options.dtype, "draft_agreement": found.draft_agreement}
     name = f"model {options.model.resolve().name}"
@@ -206,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--text", type=Path, help="folder of text (default: the standard library)")
     add("--model", type=Path, help="score this model folder, and no baseline")
-    add("--context", type=int, default=CONTEXT, help=f"bytes a model sees (default {CONTEXT})")
+    add("--context", type=int, default=CONTEXT, help=f"symbols a model sees (default {CONTEXT})")
     add("--windows", type=int, help="score that many windows, evenly spread (default: all bytes)")
     add("--batch", type=int, default=8, help="windows at a time (default 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")

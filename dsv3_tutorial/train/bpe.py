@@ -49,6 +49,13 @@ def load(folder: Path | None, vocab_size: int, vocabulary: str) -> corpus.Corpus
     return corpus.joined(split, encode, symbol_bytes(tokenizer, vocab_size))
 
 
+def symbols_of(text: bytes, vocabulary: str) -> tuple[Tensor, Tensor]:
+    """A text in a vocabulary's symbols (symbols,) int32, and the bytes of each symbol (V,)."""
+    tokenizer = Tokenizer.from_str(vocabulary)
+    encoded = torch.tensor(tokenizer.encode(text.decode()).ids, dtype=torch.int32)
+    return encoded, symbol_bytes(tokenizer, tokenizer.get_vocab_size())
+
+
 def _readable(texts: dict[str, bytes]) -> dict[str, bytes]:
     def is_utf8(text: bytes) -> bool:
         try:

@@ -142,5 +142,5 @@ def test_a_model_of_other_tokens_than_bytes_is_refused(folder, monkeypatch):
     other = DeepSeekV3(replace(TINY, vocab_size=300))
     load = lambda path, dtype, device: other  # noqa: E731
     monkeypatch.setattr(DeepSeekV3, "from_pretrained", load, raising=False)
-    with pytest.raises(ValueError, match="300 tokens, not the 256 bytes"):
+    with pytest.raises(ValueError, match="300 symbols, not the 256 bytes"):
         baselines.main(["--text", str(folder), "--model", "small"])

@@ -48,3 +48,10 @@ def test_a_bit_per_byte_does_not_depend_on_the_vocabulary():
     assert evaluate.bits_per_byte(math.log(2), target, torch.ones(3, dtype=torch.int64)) == 1
     longer = evaluate.bits_per_byte(math.log(2), target, torch.tensor([1, 2, 3]))
     assert longer == pytest.approx(4 / 8)
+
+
+def test_the_symbols_of_a_text_stand_for_all_of_its_bytes(folder):
+    learned, text = bpe.vocabulary(folder, 300), "a ❄ is\n\n  no flake".encode()
+    symbols, sizes = bpe.symbols_of(text, learned)
+    assert sizes[symbols.long()].sum() == len(text)
+    assert Tokenizer.from_str(learned).decode(symbols.tolist()).encode() == text
