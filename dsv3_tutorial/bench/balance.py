@@ -1,7 +1,7 @@
 """What balancing the experts does to a small model on real text: nothing, a loss, or the bias.
 
 Every variant sees the same windows of the standard library in the same order. V3's step of 0.001
-is made for a million optimizer steps; in a run of hundreds it has to be larger, so three are run.
+is made for a quarter of a million optimizer steps; in a run of hundreds it is slow: three are run.
 """
 
 import argparse
@@ -145,6 +145,14 @@ def counts(model: DeepSeekV3, data: Tensor, batches: int = 8) -> Tensor:
             model(batch[:, :-1])
         total = seen.counts() + (total if total.numel() else 0)
     return total
+
+
+def by_chance() -> float:
+    """The mean MaxVio of batches whose tokens choose evenly, each for itself."""
+    draw, e = torch.Generator().manual_seed(0), CONFIG.n_routed_experts
+    batches = torch.rand(50, BATCH * SEQ_LEN, e, generator=draw).topk(CONFIG.num_experts_per_tok)
+    each = [torch.bincount(chosen.flatten(), minlength=e) for chosen in batches.indices]
+    return max_violation(torch.stack(each)).mean().item()
 
 
 def _violation(model: DeepSeekV3, data: Tensor) -> float:

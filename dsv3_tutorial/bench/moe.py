@@ -20,6 +20,7 @@ from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.receipts import Receipt
 
 NAME = "moe"
+PARTS = ("layers", "growth", "rows", "decode", "training")
 
 
 @dataclass(frozen=True)
@@ -157,29 +158,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the receipts (default: data/measured)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the benchmark")
     parser.add_argument("--only", choices=("cpu", "gpu"), help="one of the two parts")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the CPU's")
     options = parser.parse_args(argv)
     if options.only == "gpu" and not torch.cuda.is_available():
         parser.error("--only gpu: torch sees no CUDA device")
     if options.only != "gpu":
-        _cpu(QUICK if options.quick else Plan(), options.out)
+        _cpu(QUICK if options.quick else Plan(), options.out, options.parts)
     if options.only != "cpu" and torch.cuda.is_available():
         moe_gpu.run(options.out, options.quick)
     return 0
 
 
-def _cpu(plan: Plan, folder: Path | None) -> None:
+def _cpu(plan: Plan, folder: Path | None, wanted: Sequence[str] = PARTS) -> None:
     threads, rows = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    parts: tuple[Callable[[], Iterator[Receipt]], ...] = (
-        lambda: layer_receipts(plan),
-        lambda: growth_receipts([r for r in rows if r.what == "experts"], plan),
-        lambda: crossover_receipts(plan),
-        lambda: decode_receipts(plan),
-        lambda: training_receipts(plan),
-    )
+    parts: dict[str, Callable[[], Iterator[Receipt]]] = {
+        "layers": lambda: layer_receipts(plan),
+        "growth": lambda: growth_receipts([r for r in rows if r.what == "experts"], plan),
+        "rows": lambda: crossover_receipts(plan),
+        "decode": lambda: decode_receipts(plan),
+        "training": lambda: training_receipts(plan),
+    }
     try:
-        for part in parts:
-            found = list(part())
+        for name in (name for name in parts if name in wanted):
+            found = list(parts[name]())
             path = receipts.append(NAME, found, folder=folder)  # kept, whatever comes after
             rows += found
             print(f"{len(rows)} receipts", flush=True)

@@ -56,13 +56,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def experts_loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor):
     """The definition: each expert in turn takes the tokens that chose it. Shapes as `run_experts`.
 
-    Its backward makes a gradient as large as all experts for each one: E times the bytes.
+    The stacked weights are taken apart once. Indexing them inside the loop would give, in backward,
+    a gradient as large as all experts for each one of them.
     """
     out = torch.zeros_like(x)  # (M, D)
-    for expert in range(len(gate_up)):
+    for expert, (into, back) in enumerate(zip(gate_up.unbind(), down.unbind())):
         token, choice = (indices == expert).nonzero(as_tuple=True)
-        hidden = swiglu(x[token] @ gate_up[expert].T)  # (rows of this expert, F)
-        weighted = (hidden @ down[expert].T) * weights[token, choice, None]
+        hidden = swiglu(x[token] @ into.T)  # (rows of this expert, F)
+        weighted = (hidden @ back.T) * weights[token, choice, None]
         out = out.index_add(0, token, weighted.to(out.dtype))
     return out
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsv3_tutorial import receipts
-from dsv3_tutorial.bench.balance import EVERY, NAME, VARIANTS
+from dsv3_tutorial.bench.balance import EVERY, NAME, VARIANTS, by_chance
 from dsv3_tutorial.learn.figures.style import (
     COMPUTE,
     INK,
@@ -107,8 +107,15 @@ def balance_table(found: Runs | None = None) -> None:
         gap = _signed(*gaps[variant]) if variant in gaps else ""
         numbers = f"{loss[variant]:>10.3f}{gap:>20}{last[variant]:>8.2f}{whole[variant]:>10.2f}"
         print(f"{variant:20}{numbers}")
-    print(f"MaxVio: batches of the last {LAST} steps, and the held-out text as a whole; 0 is even")
+    print(f"MaxVio: batches of the last {LAST} steps, and the held-out text as a whole; 0 is even,")
+    print(f"and chance alone would leave {by_chance():.2f} in a batch of as many unrelated tokens")
     print(f"{seeds_in_words(found)}; +- is the standard error over the seeds")
+
+
+def least_even_gamma(found: Runs | None = None) -> str:
+    """Of the bias's three gammas, the one whose last batches were furthest from an even load."""
+    ends = last_violation(found or runs())
+    return max((v for v in ends if v.startswith("bias")), key=ends.__getitem__)
 
 
 def _signed(gap: float, error: float | None) -> str:
@@ -138,7 +145,7 @@ def balance_curves(found: Runs | None = None) -> Figure:
     title = f"MaxVio at the end: {ends[worst]:.2f} ({worst})\nto {ends[best]:.2f} ({best})"
     finish(fig, left, title, f"steps (means of {EVERY})", "MaxVio, mean over layers", legend=False)
     title = f"Held-out losses end within\n{apart:.3f} bits per byte"
-    finish(fig, right, title, f"steps (means of {EVERY})", "bits per byte", legend=False)
+    finish(fig, right, title, f"steps (means of {EVERY})", "bits per byte, batches", legend=False)
     fig.legend(
         *left.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
     )

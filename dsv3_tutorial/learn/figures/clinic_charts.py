@@ -13,7 +13,7 @@ COLUMNS = {
     "max_violation": "MaxVio",
     "zero_fraction": "zero gradients",
 }
-SMOOTHED = 10  # steps
+SMOOTHED = 10  # steps: a curve is the mean of so many
 
 
 def chart(patient: str) -> Figure:
@@ -28,11 +28,14 @@ def chart(patient: str) -> Figure:
         for run, colour in zip(runs, SERIES[:2], strict=True):
             name = f"patient {patient}, seed {run.seed}"
             ax.plot(steps, _smooth(getattr(run, column)), color=colour, linewidth=1.3, label=name)
-        finish(fig, ax, "", "steps", label, legend=False)
-    axes[0, 0].plot(runs[0].held_out_at, runs[0].held_out, "D", color="#000000", label="held out")
+        finish(fig, ax, "", f"steps (means of {SMOOTHED})", label, legend=False)
+    axes[0, 0].plot(
+        runs[0].held_out_at, runs[0].held_out, "D", color="#000000", label="held out, seed 0"
+    )
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    ends = [f"{np.mean(run.loss[-20:]):.2f}" for run in runs]
-    fig.suptitle(f"Patient {patient}: {' and '.join(ends)} bits per byte at the end", fontsize=13)
+    ends = [f"{np.mean(run.loss[-SMOOTHED:]):.2f}" for run in runs]
+    title = f"Patient {patient}: {' and '.join(ends)} bits per byte at the end"
+    fig.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     return fig
 
 

@@ -1,9 +1,15 @@
 """What the experts cost on a machine: engines side by side, by experts and by rows for each."""
 
+import torch
 from matplotlib.figure import Figure
 
 from dsv3_tutorial import receipts
+from dsv3_tutorial.bench import timing
+from dsv3_tutorial.block import initialize
+from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.learn.figures.style import figure, finish, note, plain_log, series
+from dsv3_tutorial.mlp import MLP
+from dsv3_tutorial.moe.layer import MoE
 from dsv3_tutorial.receipts import Receipt
 
 FORMS = ("loop", "sorted", "grouped_mm", "dense")
@@ -59,7 +65,9 @@ def rows_per_expert() -> Figure:
         ratios = [times["grouped_mm"][n] / times["dense"][n] for n in at]
         most, least = max(ratios), min(ratios)
         width = next(r.shapes["width"] for r in found if r.shapes["hidden"] == hidden)
-        title = f"D {hidden}, F {width}: grouped takes {most:.1f}x to {least:.1f}x a dense layer"
+        title = (
+            f"D {hidden}, F {width}: grouped_mm takes\n{most:.1f}x to {least:.1f}x a dense layer"
+        )
         finish(fig, ax, title, "rows per expert", "time over dense", legend=hidden == 256)
     note(fig, receipts.caption(found))
     return fig
@@ -86,8 +94,27 @@ def engines_live(seconds: float) -> Figure:
             )
     _axes(ax, ratio=False)
     first, last = ({f: times[f][n] for f in times if f != "dense"} for n in (1, LIVE_ROWS[-1]))
-    title = f"Fastest here: {min(first, key=first.get)} at 1 row, {min(last, key=last.get)} at 256"
+    best = [min(times, key=times.get) for times in (first, last)]
+    title = f"Fastest sparse engine here: {best[0]} at 1 row, {best[1]} at 256"
     return finish(fig, ax, title, "rows per expert", "microseconds, forward")
+
+
+def token_cost_live(seconds: float) -> None:
+    """Time one layer here, forward and backward, per token: sparse, and dense of two widths."""
+    small = ModelConfig.named("small")
+    d, f = small.hidden_size, small.moe_intermediate_size
+    met, held = (n + small.n_shared_experts for n in (small.num_experts_per_tok, 16))
+    layers = {
+        f"dense, {met * f} wide: what a token meets": MLP(d, met * f),
+        f"sparse, {met} of {held} experts": MoE(small),
+        f"dense, {held * f} wide: all that is held": MLP(d, held * f),
+    }
+    x = torch.randn(1, 2048, d)
+    initialize(layers[f"sparse, {met} of {held} experts"], 0.02)
+    runs = {name: lambda layer=layer: layer(x).sum().backward() for name, layer in layers.items()}
+    times = timing.compare(runs, repeats=50, warmup=1, seconds=seconds)
+    for name, found in times.items():
+        print(f"{name:42}{found['median'] / x.shape[1] * 1e6:6.2f} microseconds a token")
 
 
 def _axes(ax, ratio: bool = True) -> None:

@@ -65,6 +65,14 @@ def affinity_share(cap: int, correlation: float = 0.0) -> float:
     return measured(cap, correlation)[1]
 
 
+def best_kept(cap: int, correlation: float = 0.0) -> float:
+    """How many of a token's K best experts it still gets when only `cap` nodes are allowed."""
+    scores = drawn_scores(FEW, correlation)
+    capped = choose_experts(scores, NODES, cap, TOP_K)
+    best = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(TOP_K).indices, True)
+    return best.gather(1, capped).sum(dim=1).double().mean().item()
+
+
 def copies_table(expected_nodes: Callable[[int, int, int], float]) -> None:
     """Print a V3 token's copies: one an expert, one a node as expected, and capped, measured."""
     cfg = ModelConfig.named("deepseek-v3")

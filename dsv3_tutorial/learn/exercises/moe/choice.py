@@ -70,6 +70,10 @@ def _batch_groups(biased, n_group, topk_group, top_k, best=2):
     return limited.topk(top_k, dim=-1).indices
 
 
+def _by_number(biased, n_group, topk_group, top_k, best=2):
+    return choose(biased, n_group, topk_group, top_k, best).sort(dim=-1).values
+
+
 def _values(biased, n_group, topk_group, top_k, best=2):
     return biased.topk(top_k, dim=-1).values
 
@@ -83,6 +87,7 @@ CHOOSE_EXPERTS = Exercise(
         Case("V3: 8 of 256 in 4 of 8 groups", _choice_case(2, 20, 256, 8, 4, 8)),
         Case("groups by their best alone, as V2", _choice_case(3, 40, 24, 4, 2, 4, 1)),
         Case("many groups", _choice_case(4, 60, 32, 16, 4, 6, 2, shift=-0.3), hidden=True),
+        Case("far below zero", _choice_case(7, 30, 16, 4, 2, 4, shift=-20.0), hidden=True),
         Case("a group of one", _choice_case(5, 30, 6, 6, 3, 2), hidden=True),
         Case("three of a group", _choice_case(6, 30, 24, 3, 1, 4, 3), hidden=True),
     ],
@@ -111,6 +116,7 @@ CHOOSE_EXPERTS = Exercise(
             "interleaved", _interleaved, "Groups are neighbours: expert e is in group e // (E / G)."
         ),
         Mutant("groups of the batch", _batch_groups, "Each token has its own best groups."),
+        Mutant("by number", _by_number, "Highest score first: these are in the order of numbers."),
         Mutant("values", _values, "These are scores: return the experts' indices."),
     ],
     needs=("torch", "math"),

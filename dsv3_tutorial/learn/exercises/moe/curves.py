@@ -22,6 +22,30 @@ def _bad_held_out(loss, held_out):
     return bool(held_out[-1] > 3.6)
 
 
+def _ticking_up() -> tuple[torch.Tensor, torch.Tensor]:  # healthy, and its last measurement noisy
+    loss, held_out = _run("healthy", 1)()
+    held_out = held_out.clone()
+    held_out[-1] = held_out[-2] + 0.05
+    return loss, held_out
+
+
+def _diverging() -> tuple[torch.Tensor, torch.Tensor]:  # both losses rise, side by side
+    loss, held_out = _run("healthy", 0)()
+    return loss + torch.linspace(0, 6, len(loss)), held_out + torch.linspace(0.6, 6, len(held_out))
+
+
+def _held_out_rose(loss, held_out):
+    return bool(held_out[-1] > held_out[0])
+
+
+def _last_rose(loss, held_out):
+    return bool(held_out[-1] > held_out[-2])
+
+
+def _above_best(loss, held_out):
+    return bool(held_out[-1] > held_out.min())
+
+
 def _any_gap(loss, held_out):
     return bool(held_out[-1] > loss[-20:].mean())
 
@@ -46,6 +70,8 @@ MEMORISES = Exercise(
         Case("one on four kilobytes, held back", _run("little_text", 2), hidden=True),
         Case("healthy, held back", _run("healthy", 2), hidden=True),
         Case("slow and healthy", _run("healthy_half_rate", 2), hidden=True),
+        Case("a noisy last measurement", _ticking_up, hidden=True),
+        Case("diverging", _diverging, hidden=True),
         Case("unclipped", _run("no_clipping", 1), hidden=True),
     ],
     hints=[
@@ -65,6 +91,21 @@ MEMORISES = Exercise(
             "held_out alone: a model that learns badly has it too.",
         ),
         Mutant("any gap", _any_gap, "Healthy runs have a small gap too: 0 to 0.2 bits is noise."),
+        Mutant(
+            "the last rose",
+            _last_rose,
+            "A single measurement that rises is noise: compare with the text it reads.",
+        ),
+        Mutant(
+            "above its best",
+            _above_best,
+            "A single measurement that rises is noise: compare with the text it reads.",
+        ),
+        Mutant(
+            "held_out rose",
+            _held_out_rose,
+            "held_out rises in a run that diverges too: compare with the text it reads.",
+        ),
         Mutant(
             "rising", _rising, "This asks whether the loss rises: by heart, it falls and falls."
         ),

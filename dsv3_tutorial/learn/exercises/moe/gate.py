@@ -19,6 +19,16 @@ def _bf16_input() -> tuple:
     return x.bfloat16(), weight, "sigmoid"
 
 
+def _large_logits() -> tuple:
+    x, weight = randn(5, (4, 6), (5, 6))
+    return x * 60, weight, "softmax"
+
+
+def _both_bf16() -> tuple:
+    x, weight = randn(6, (6, 8), (5, 8))
+    return x.bfloat16(), weight.bfloat16(), "softmax"
+
+
 def _always_softmax(x, weight, scoring_func="sigmoid"):
     return F.linear(x.float() if x.dtype != FLOAT64 else x, weight).softmax(dim=-1)
 
@@ -54,12 +64,15 @@ AFFINITIES = Exercise(
         Case("sigmoid, 6 tokens, 5 experts", _affinity_case(0, 6, 8, 5, "sigmoid")),
         Case("softmax, as V2 has it", _affinity_case(1, 6, 8, 5, "softmax")),
         Case("x in BF16, scores in float32", _bf16_input),
+        Case("logits of a hundred", _large_logits, hidden=True),
+        Case("both in BF16", _both_bf16, hidden=True),
         Case("the default", _affinity_case(2, 1, 4, 16), hidden=True),
         Case("float64", _affinity_case(3, 3, 4, 6, "softmax", dtype=FLOAT64), hidden=True),
     ],
     hints=[
         "F.linear(x, weight) gives (M, E): every token against every expert's vector.",
-        "Widen first: torch.promote_types(x.dtype, torch.float32) is float32 for BF16.",
+        "Widen first, x.to(torch.promote_types(x.dtype, torch.float32)): BF16 becomes float32, and "
+        "float64 stays what it is.",
         "logits.sigmoid() for 'sigmoid', logits.softmax(dim=-1) for 'softmax'.",
     ],
     difficulty=1,

@@ -14,8 +14,13 @@ def _layers() -> tuple:
     return (torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [50, 30, 60, 20]]),)
 
 
-def _floats() -> tuple:
-    return (torch.tensor([1.5, 2.5, 2.0], dtype=torch.float64),)
+def _one_idle_layer() -> tuple:
+    return (torch.tensor([[4, 6], [0, 0]]),)
+
+
+def _two_sided(counts):
+    away = (_wide(counts) - _mean(counts)[..., None]).abs().amax(dim=-1)
+    return away / _safe(_mean(counts))
 
 
 def _mean(counts: Tensor) -> Tensor:
@@ -67,8 +72,10 @@ MAX_VIOLATION = Exercise(
         Case("one expert has everything", _counts(0, 0, 24, 0)),
         Case("three layers", _layers),
         Case("no token at all", _counts(0, 0, 0, 0)),
+        Case("the idlest farther off", _counts(10, 10, 10, 0), hidden=True),
+        Case("less than one each", _counts(1, 0, 0, 0), hidden=True),
+        Case("a layer without tokens", _one_idle_layer, hidden=True),
         Case("in between", _counts(10, 3, 7, 0, 1, 9), hidden=True),
-        Case("float64", _floats, hidden=True),
     ],
     hints=[
         "counts.float().mean(dim=-1) is the even load; .amax(dim=-1) the busiest expert's.",
@@ -88,6 +95,7 @@ MAX_VIOLATION = Exercise(
         Mutant("one mean", _over_everything, "Each layer has its own mean: dim=-1."),
         Mutant("tokens", _absolute, "These are tokens: divide by the mean load."),
         Mutant("max - min", _max_over_min, "This is the range; the measure is max minus mean."),
+        Mutant("two-sided", _two_sided, "An idle expert counts here too: only the busiest does."),
         Mutant("0 / 0", _divides_by_zero, "Without tokens 0 / 0 is NaN: clamp the mean; it is 0."),
     ],
 )

@@ -18,6 +18,11 @@ def _three_shared() -> tuple:
     return (replace(ModelConfig.named("small"), n_shared_experts=3, moe_intermediate_size=96),)
 
 
+def _sigmoid_without_bias() -> tuple:
+    groups = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
+    return (replace(ModelConfig.named("small"), **groups),)
+
+
 def _parts(c: ModelConfig) -> tuple[int, int]:
     bias = c.n_routed_experts if c.topk_method == "noaux_tc" else 0
     return 3 * c.hidden_size * c.moe_intermediate_size, c.n_routed_experts * c.hidden_size + bias
@@ -54,10 +59,12 @@ MOE_LAYER = Exercise(
         Case("DeepSeek-V2-Lite: no bias, two shared", _model("deepseek-v2-lite")),
         Case("Moonlight", _model("moonlight-16b-a3b"), hidden=True),
         Case("no shared expert", _no_shared, hidden=True),
+        Case("a sigmoid without a bias", _sigmoid_without_bias, hidden=True),
         Case("three shared", _three_shared, hidden=True),
     ],
     hints=[
-        "An expert is three matrices between hidden_size and moe_intermediate_size.",
+        "An expert is three matrices between hidden_size and moe_intermediate_size; norms are not "
+        "counted.",
         "The gate has a row of hidden_size for each routed expert, and with noaux_tc one number.",
         "total: gate, shared and all routed; met: gate, shared and num_experts_per_tok.",
     ],
