@@ -108,12 +108,12 @@ sparse_cost.isca_table_2()
 # **Measure.** What does a token cost on this machine? One layer of this course's own small model, forward and backward, beside two dense layers: as wide as what a token meets, and as wide as all that is held.
 
 # %% id="live-token" tags=["live", "nbval-ignore-output"]
-from dsv3_tutorial.learn.figures import engines
+from dsv3_tutorial.learn.figures.engines import token_cost_live
 
-engines.token_cost_live(seconds=live_seconds() / 4)
+token_cost_live(seconds=live_seconds() / 4)
 
 # %% [markdown] id="gate-text"
-# The sparse layer should lie between the two. How near it comes to the first is section 4's question.
+# The sparse layer does the arithmetic of the first. Where this was written it took as long as the *third*: at these small widths nothing is gained by it. Section 4 asks why.
 #
 # ## 2 · Build the gate
 #
@@ -291,7 +291,7 @@ for gamma in (0.001, 0.01, 0.1):
     print(f"gamma {gamma:5}: below 0.2 at step {first}; last 50 steps {sum(run[-50:]) / 50:.1f}")
 
 # %% [markdown] id="simulate-words"
-# Ten times the gamma, about a tenth of the steps; but a hundred times never gets there. A step of fixed size does not settle: it keeps crossing the point of balance, and the larger it is the farther. (*Further* has an explorer of both ends.)
+# Ten times the gamma, about a tenth of the steps. A hundred times is hardly sooner, and it does not stay: over the last 50 steps its load is the least even. A step of fixed size does not settle; it keeps crossing the point of balance, and the larger it is the farther. (*Further* has an explorer of both ends.)
 #
 # ### Trained, side by side
 #
@@ -372,12 +372,15 @@ predict("moe.eager_over_ours", ..., unit="x")
 # **Measure.** The recorded run, in one process with equal weights and outputs compared; transformers' own grouped engine beside it.
 
 # %% id="figure-engines"
+from dsv3_tutorial.learn.figures import engines
+
 reveal("moe.eager_over_ours", engines.eager_over_ours())
 engines.engine_table()
 engines.growth_table()
 
 # %% [markdown] id="engines-words"
-# ENGINES_NEW
+# Their loop takes more than thirty times as long with 256 tokens, and twelve times with 1,024, although the arithmetic is the same. It is not that a loop is slow: the package's own `loop` stays close to the sorted engine. The two differ in one line. `gate_up[e]` *inside* the loop makes autograd build, for every expert, a gradient as large as all
+# experts, and add them up; the package takes the stacked weights apart once, with `unbind` (*Further* times both). So four times the experts cost their loop eleven times as much, and the others a fifth more. (transformers uses its grouped engine unless told otherwise, and ours is level with that one.)
 #
 # Does a sparse layer then take the time of a dense one with the same arithmetic? The recorded run again, forward only, by how many rows (tokens) each expert gets, over one dense network `K F` wide:
 
@@ -540,6 +543,26 @@ loop = run_experts(x, chosen, share, gate_up, down, engine="loop")
 for engine in ("sorted", "grouped_mm"):
     other = run_experts(x, chosen, share, gate_up, down, engine=engine)
     print(f"{engine}: equal to the loop:", torch.allclose(other, loop, atol=1e-5))
+
+# %% [markdown] id="index-text"
+# The line that makes a loop slow: the same loop, with the stacked weights indexed inside it, or taken apart before it. Time of the backward pass:
+
+# %% id="live-index" tags=["live", "nbval-ignore-output"]
+import time
+
+gate_up, down = torch.randn(64, 256, 256) / 16, torch.randn(64, 256, 128) / 11
+x, experts_of = torch.randn(256, 256), torch.rand(256, 64).topk(8).indices
+for how in ("indexed", "unbind"):
+    gate_up.requires_grad_(), down.requires_grad_()
+    into, back = (gate_up, down) if how == "indexed" else (gate_up.unbind(), down.unbind())
+    out = torch.zeros(256, 256)
+    for expert in range(64):
+        token = (experts_of == expert).nonzero()[:, 0]
+        gate, up = (x[token] @ into[expert].T).chunk(2, dim=-1)
+        out = out.index_add(0, token, (F.silu(gate) * up) @ back[expert].T)
+    start = time.perf_counter()
+    out.sum().backward()
+    print(f"{how:8} {1e3 * (time.perf_counter() - start):6.0f} ms backward")
 
 # %% [markdown] id="live-engines-text"
 # Time one layer of `small` here, forward only, with few and with many rows for each expert.
