@@ -706,14 +706,14 @@ node_copies.eplb_gain()
 #
 # ### A model to train
 #
-# The package trains the whole model: MLA, experts, balance, multi-token prediction. In a terminal: `python -m dsv3_tutorial train --config small --steps 300 --out my/run`. A longer run's result lies in `data/checkpoints/small`. Here is what it reaches on text it has never seen, beside counting
+# The package trains the whole model: MLA, experts, balance, multi-token prediction. In a terminal, `python -m dsv3_tutorial train --config small --steps 300 --out my/run` takes some minutes. A longer run's result lies in `data/checkpoints/small`. Here is what it needs for text that it has never seen, beside counting
 # and compressing:
 
 # %% id="checkpoint-table"
 moe_tables.checkpoint()
 
 # %% [markdown] id="checkpoint-words"
-# CHECKPOINT_WORDS
+# 12 layers, 16 experts each, 7.5 million parameters, 76 minutes of one CPU core: 1.40 bits per byte, well below any n-gram and below `lzma`. The last row is fairer to compression: `lzma` may then look back at all of the training text, word for word, and wins. A model this small cannot keep eleven megabytes in its head.
 #
 # ### The loss-curve clinic
 #
