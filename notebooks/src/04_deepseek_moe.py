@@ -113,7 +113,7 @@ from dsv3_tutorial.learn.figures.engines import token_cost_live
 token_cost_live(seconds=live_seconds() / 4)
 
 # %% [markdown] id="gate-text"
-# The sparse layer does the arithmetic of the first. Where this was written it took as long as the *third*: at these small widths nothing is gained by it. Section 4 asks why.
+# The sparse layer does the arithmetic of the first. Where this was written it took longer than the *third*: at these small widths nothing is gained by it. Section 4 asks why.
 #
 # ## 2 · Build the gate
 #
@@ -245,7 +245,7 @@ def max_violation(counts): ...
 
 
 # %% [markdown] id="bias-text"
-# DeepSeek's earlier models added a second loss (an *auxiliary loss*) that pushes the scores of busy experts down. It balances, and its gradient also reaches what the model is meant to learn. V3's answer is a number `b_i` for each expert that is added to the score *in the choice only* and moved by hand, not by a gradient, after each
+# DeepSeek's earlier models added a second loss (an *auxiliary loss*) that pushes the scores of busy experts down. It balances, and its gradient also reaches what the model is meant to learn. V3's answer is a number `b_i` for each expert that is added to the score *in the choice only* and moved by a rule, not by a gradient, after each
 # step of the optimizer.
 #
 # ### Exercise 4.6 · Move the bias
@@ -431,7 +431,7 @@ sparse_cost.parts_table()
 #
 # ## What you can do now
 #
-# You can count any mixture of experts, write V3's gate and say why each part is there: sigmoid scores so that a bias means the same to all, groups so that a token stays on four nodes, weights without the bias so that steering changes nothing else. You can balance experts by hand-moved numbers, and you know what decides: the scope of
+# You can count any mixture of experts, write V3's gate and say why each part is there: scores that stand each alone, groups so that a token stays on four nodes, weights without the bias so that steering changes nothing else. You can balance experts by numbers that a rule moves, and you know what decides: the scope of
 # the balance, and a gamma that fits the length of the run.
 
 # %% id="progress"
