@@ -77,14 +77,21 @@ class Watch:
         self.routings: dict[str, Routing] = {}  # by module name
 
     def counts(self) -> Tensor:
-        """Tokens per expert of each layer, in the model's order -> (layers, E) int64."""
+        """Tokens per expert of each layer, in the model's order -> (layers, E) int64.
+
+        A gate that did not run, as a draft module's without drafts, has counted none: its row is 0,
+        and an update leaves its bias where it is.
+        """
         if not self.routings:
             raise ValueError(
                 "No gate has run yet, so there is no load to count. Run the model inside "
                 "`with watch(model) as seen:` first; a model without experts has no gates at all."
             )
-        each = [self.routings[name] for name in self.names if name in self.routings]
-        return torch.stack([expert_counts(r.indices, r.scores.shape[-1]) for r in each])
+        ran = {
+            name: expert_counts(r.indices, r.scores.shape[-1]) for name, r in self.routings.items()
+        }
+        idle = torch.zeros_like(next(iter(ran.values())))
+        return torch.stack([ran.get(name, idle) for name in self.names])
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Update(NamedTuple):
         """MaxVio's mean over the layers, and the worst layer's; None for a dense model."""
         if not self.counts.numel():
             return None
-        each = max_violation(self.counts)
+        each = max_violation(self.counts[self.counts.sum(dim=-1) > 0])  # of the gates that ran
         return each.mean().item(), each.max().item()
 
 

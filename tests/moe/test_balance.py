@@ -140,7 +140,20 @@ def test_watch_holds_the_last_forward_and_not_the_sum():
     with watch(model) as seen:
         for batch in (5, 1):
             model(torch.randint(256, (batch, 4)))
-    assert seen.counts().sum(-1).tolist() == [4 * TOP_K] * 2
+    assert seen.counts().sum(-1).tolist() == [4 * TOP_K] * 2 + [0]  # no drafts: that gate rests
+
+
+def test_a_gate_that_did_not_run_keeps_its_bias():
+    model = DeepSeekV3(CFG)
+    with watch(model) as seen:
+        model(torch.randint(256, (2, 6)))
+    update_biases(model, seen.counts(), 0.01)
+    moved = [gate.e_score_correction_bias.any().item() for gate in gates_of(model)]
+    assert moved == [True, True, False]
+
+
+def gates_of(model):
+    return [part for part in model.modules() if isinstance(part, Gate)]
 
 
 def test_the_counts_stand_in_the_models_order_whichever_gate_ran_first():

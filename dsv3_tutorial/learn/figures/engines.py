@@ -103,7 +103,9 @@ def token_cost_live(seconds: float) -> None:
     """Time one layer here, forward and backward, per token: sparse, and dense of two widths."""
     small = ModelConfig.named("small")
     d, f = small.hidden_size, small.moe_intermediate_size
-    met, held = (n + small.n_shared_experts for n in (small.num_experts_per_tok, 16))
+    met, held = (
+        n + small.n_shared_experts for n in (small.num_experts_per_tok, small.n_routed_experts)
+    )
     layers = {
         f"dense, {met * f} wide: what a token meets": MLP(d, met * f),
         f"sparse, {met} of {held} experts": MoE(small),
