@@ -34,6 +34,13 @@ def compress(
     return F.rms_norm(c_kv, (rank,), norm_weight, eps), k_rope
 
 
+def separate(compressed: Tensor, norm_weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """What `compress` does after its projection: (B, S, C + R) -> (B, S, C), (B, S, R)."""
+    rank = norm_weight.shape[0]
+    c_kv = F.rms_norm(compressed[..., :rank], (rank,), norm_weight, eps)
+    return c_kv, compressed[..., rank:]
+
+
 def expanded_scores(
     q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor
 ) -> Tensor:

@@ -62,8 +62,7 @@ class MLA(nn.Module):
         cos, sin = self.rotation.next_rows(cache, x.shape[1], x)
         q_nope, q_rope = self.queries(x)
         q_rope = rotate(q_rope, cos, sin, self.cfg.rope_interleave)
-        down, norm = self.kv_a_proj_with_mqa, self.kv_a_layernorm
-        c_kv, k_rope = latent.compress(x, down.weight, norm.weight, norm.eps, down.bias)
+        c_kv, k_rope = self.compressed(x)
         k_rope = rotate(k_rope[:, :, None], cos, sin, self.cfg.rope_interleave)[:, :, 0]
         if isinstance(cache, FullCache) or (cache is None and absorb is None):
             out = self._whole_heads(q_nope, q_rope, c_kv, k_rope, cache)
@@ -80,6 +79,13 @@ class MLA(nn.Module):
         q = q.unflatten(-1, (-1, self.cfg.qk_head_dim))  # (B, S, H, N + R)
         n = self.cfg.qk_nope_head_dim
         return q[..., :n], q[..., n:]
+
+    def compressed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, S, D) -> c_kv (B, S, C), k_rope (B, S, R), not yet rotated."""
+        down, norm = self.kv_a_proj_with_mqa, self.kv_a_layernorm
+        if type(down) is nn.Linear:
+            return latent.compress(x, down.weight, norm.weight, norm.eps, down.bias)
+        return latent.separate(down(x), norm.weight, norm.eps)  # another arithmetic: FP8
 
     def up_weights(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, C) and W_UV (H, V, C): views of the one weight `kv_b_proj`."""

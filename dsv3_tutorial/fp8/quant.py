@@ -1,9 +1,13 @@
-"""Weights in eight bits: E4M3 values, and one float32 scale for each block of 128 x 128.
+"""Eight bits and a scale: E4M3 values, and one float32 for each tile, block, row or tensor.
 
-A block's largest magnitude is laid on 448, the largest E4M3 value, so that what is stored uses the
-whole range wherever the block's numbers lie: weight = stored * scale. Letters: m x n the weight.
-DeepSeek-V3 report, section 3.3.2; its checkpoints keep the scale as `weight_scale_inv`, the inverse
-of what the weight was multiplied with, that is: the factor to multiply the stored value with.
+The largest magnitude is laid on 448, the largest E4M3 value, so that what is stored uses the whole
+range wherever the numbers lie: x = stored * scale. Letters: n the last axis, m x n a weight.
+DeepSeek-V3 report, section 3.3.2: tiles of 1 x 128 for activations and their gradients, blocks of
+128 x 128 for weights, scales taken from the tensor at hand. Its checkpoints call the scale
+`weight_scale_inv`: the inverse of what the weight was multiplied with.
+
+DeepSeek's inference code never lets a tile's largest count for less than 1e-4. A gradient's may be
+a thousandth of that, so nothing here does: only zero, and what float32 cannot divide, is held up.
 """
 
 import math
@@ -12,40 +16,147 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_tutorial.backend import pick
+
 FP8_MAX = 448.0  # the largest E4M3 value
+TILE = 128
 BLOCK = (128, 128)
+TINY = torch.finfo(torch.float32).tiny  # below it a quotient of tiny numbers would lose its digits
 
 
 class QuantizationError(ValueError):
-    """Numbers that blocks of eight bits cannot hold, or that are no such blocks."""
+    """Numbers that eight bits and a scale cannot hold, or that are no such numbers."""
 
 
-def quantize_blocks(w: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Tensor]:
+def quantize_tiles(
+    x: Tensor,
+    pow2: bool = False,
+    tile: int = TILE,
+    checked: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Store x in eight bits, every 128 neighbours with a scale of their own.
+
+    x (..., n) real -> float8_e4m3fn (..., n), and float32 scales, positive, (..., ceil(n / 128)).
+    A last tile may be shorter. A tile of zeros gets the scale 1. `pow2` rounds a scale up to a
+    power of two: dividing by it is exact, and up to half of the range stays unused. Error: up to
+    1/16 of a value, more below 2^-15 of its tile's largest. Bytes: 1 + 4 / 128 a value.
+    Raises QuantizationError for NaN and infinity, which on a GPU waits for the device; unchecked,
+    their tile gets the scale NaN, and all of it comes back as NaN.
+    """
+    _check(x, 1, checked)
+    if pick(x, backend) == "triton":
+        from dsv3_tutorial.fp8 import triton_quant
+
+        return triton_quant.quantize_tiles(x, pow2, tile)
+    n = x.shape[-1]
+    whole = x.float() if n % tile == 0 else F.pad(x.float(), (0, -n % tile))
+    if not pow2:
+        stored, scale = cast_tiles(whole, tile)
+    else:
+        tiles = whole.unflatten(-1, (-1, tile))  # (..., tiles, tile)
+        scale = power_of_two_scale(tiles.abs().amax(dim=-1))
+        stored = _cast(tiles / scale[..., None]).flatten(-2)  # (..., n)
+    return stored[..., :n], scale
+
+
+def cast_tiles(x: Tensor, tile: int = 128) -> tuple[Tensor, Tensor]:
+    """The definition of `quantize_tiles` for whole tiles and float32 scales.
+
+    x (..., n), n a multiple of `tile` -> float8_e4m3fn (..., n), float32 (..., n / tile).
+    """
+    tiles = x.float().unflatten(-1, (-1, tile))  # (..., n / tile, tile)
+    largest = tiles.abs().amax(dim=-1)
+    scale = (largest / 448.0).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = scale.masked_fill(largest == 0, 1.0).masked_fill(~largest.isfinite(), torch.nan)
+    # clamped before the cast: what torch makes of more than 464 differs between its versions
+    stored = (tiles / scale[..., None]).clamp(-448.0, 448.0)
+    return stored.to(torch.float8_e4m3fn).flatten(-2), scale
+
+
+def quantize_blocks(
+    w: Tensor, block: tuple[int, int] = BLOCK, pow2: bool = False, checked: bool = True
+) -> tuple[Tensor, Tensor]:
     """Store a weight in a quarter of float32's bytes, each block with its own scale.
 
-    w (..., m, n), finite -> float8_e4m3fn (..., m, n) and the scales, float32, positive and finite,
-    (..., ceil(m / 128), ceil(n / 128)). A block at the edge is smaller. A block of zeros gets the
-    scale 1. Relative error: up to 1/16 of a value, more below 2^-15 of its block's largest.
-    Raises QuantizationError for NaN and infinity: no scale would bring them back.
+    w (..., m, n) -> float8_e4m3fn (..., m, n) and the scales, float32, positive,
+    (..., ceil(m / 128), ceil(n / 128)). A block at the edge is smaller. Zeros, NaN, infinity and
+    the error of a value: as in `quantize_tiles`.
     """
-    if w.ndim < 2 or not w.is_floating_point():
-        raise QuantizationError(
-            f"A weight of shape {tuple(w.shape)} and {w.dtype} has no blocks of real numbers. "
-            "Give a floating-point matrix, or a stack of them."
-        )
+    _check(w, 2, checked)
     w = w.float()
-    if not w.isfinite().all():
-        raise QuantizationError(
-            "The weight holds NaN or infinity. One such value would decide the scale of its whole "
-            "block. Find the step that made it before storing anything."
-        )
     largest = _blocks(w.abs(), block).amax(dim=(-3, -1))  # (..., blocks of m, blocks of n)
-    # not below the smallest normal number: there a quotient of tiny numbers would lose its digits
-    scale = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    scale = scale.masked_fill(largest == 0, 1.0)
-    # clamped before the cast: what torch makes of more than 464 differs between its versions
-    stored = (w / _spread(scale, w.shape, block)).clamp(-FP8_MAX, FP8_MAX)
-    return stored.to(torch.float8_e4m3fn), scale
+    scale = scale_for(largest, pow2)
+    return _cast(w / _spread(scale, w.shape, block)), scale
+
+
+def quantize_rows(x: Tensor, pow2: bool = False, checked: bool = True) -> tuple[Tensor, Tensor]:
+    """One scale a token: x (..., n) -> float8_e4m3fn (..., n), float32 (..., 1)."""
+    _check(x, 1, checked)
+    x = x.float()
+    scale = scale_for(x.abs().amax(dim=-1, keepdim=True), pow2)
+    return _cast(x / scale), scale
+
+
+def quantize_tensor(
+    x: Tensor, pow2: bool = False, checked: bool = True, scale: float | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One scale for all: x (...) -> float8_e4m3fn (...), float32 ().
+
+    `scale` gives it from outside, as delayed scaling does (`fp8.delayed`): what it does not cover
+    is clamped to 448 of it, and what lies far below it is lost.
+    """
+    _check(x, 1, checked)
+    x = x.float()
+    if scale is None:
+        scale = scale_for(x.abs().amax(), pow2)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    return _cast(x / scale), scale
+
+
+def scale_for(largest: Tensor, pow2: bool = False) -> Tensor:
+    """The scale that lays `largest` on 448. largest (...), >= 0 -> float32 (...).
+
+    1 for zero, NaN for what is not finite.
+    """
+    if pow2:
+        return power_of_two_scale(largest)
+    scale = (largest.float() / FP8_MAX).clamp_min(TINY)
+    return scale.masked_fill(largest == 0, 1.0).masked_fill(~largest.isfinite(), torch.nan)
+
+
+def power_of_two_scale(largest: Tensor) -> Tensor:
+    """The smallest power of two that brings `largest` to 448 or below. (...) -> float32 (...).
+
+    A power of two has no digits behind its first: in float32's bits, adding all ones of the
+    mantissa carries into the exponent unless they were all zero. 1 for zero, NaN for not finite.
+    """
+    quotient = (largest.float() / 448.0).clamp_min(torch.finfo(torch.float32).tiny)
+    bits = (quotient.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    scale = bits.view(torch.float32)
+    return scale.masked_fill(largest == 0, 1.0).masked_fill(~largest.isfinite(), torch.nan)
+
+
+def dequantize_tiles(
+    x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, tile: int = TILE
+) -> Tensor:
+    """What the stored tiles stand for: x_fp8 * scale, rounded once, to dtype.
+
+    x_fp8 float8_e4m3fn (..., n), scale (..., ceil(n / 128)) -> (..., n).
+    Raises QuantizationError where the scales are not one a tile.
+    """
+    n = x_fp8.shape[-1]
+    _check_scale(x_fp8, scale, (*x_fp8.shape[:-1], math.ceil(n / tile)), f"tiles of {tile}")
+    if n % tile == 0:
+        return restore_tiles(x_fp8, scale, tile).to(dtype)
+    each = scale.float().repeat_interleave(tile, dim=-1)[..., :n]  # (..., n)
+    return (x_fp8.float() * each).to(dtype)
+
+
+def restore_tiles(x_fp8: Tensor, scale: Tensor, tile: int = 128) -> Tensor:
+    """`dequantize_tiles` by definition, for whole tiles: (..., n), (..., n / tile) -> float32."""
+    tiles = x_fp8.float().unflatten(-1, (-1, tile))  # (..., n / tile, tile)
+    return (tiles * scale[..., None]).flatten(-2)
 
 
 def dequantize_blocks(
@@ -60,12 +171,7 @@ def dequantize_blocks(
     Raises QuantizationError where the scales are not one a block.
     """
     wanted = scale_shape(w_fp8.shape, block)
-    if w_fp8.dtype != torch.float8_e4m3fn or tuple(scale.shape) != wanted:
-        raise QuantizationError(
-            f"{w_fp8.dtype} {tuple(w_fp8.shape)} with scales {tuple(scale.shape)} are not "
-            f"blocks of {block[0]} x {block[1]}: values would get another block's scale. "
-            f"Give float8_e4m3fn and scales of shape {wanted}."
-        )
+    _check_scale(w_fp8, scale, wanted, f"blocks of {block[0]} x {block[1]}")
     return (w_fp8.float() * _spread(scale.float(), w_fp8.shape, block)).to(dtype)
 
 
@@ -73,6 +179,35 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
     """One scale a block: (..., m, n) -> (..., ceil(m / 128), ceil(n / 128))."""
     *lead, m, n = shape
     return (*lead, math.ceil(m / block[0]), math.ceil(n / block[1]))
+
+
+def _check(x: Tensor, least: int, checked: bool) -> None:
+    if x.ndim < least or not x.is_floating_point() or 0 in x.shape[-least:]:
+        wanted = ("", "vector, or a stack of them", "matrix, or a stack of them")[least]
+        raise QuantizationError(
+            f"{x.dtype} of shape {tuple(x.shape)} cannot be cut into parts of real numbers with a "
+            "scale each. What came out would stand for something else. "
+            f"Give a floating-point {wanted}."
+        )
+    if checked and not x.isfinite().all():
+        raise QuantizationError(
+            "The tensor holds NaN or infinity. One such value would decide the scale of its whole "
+            "tile or block. Find the step that made it before storing anything."
+        )
+
+
+def _check_scale(stored: Tensor, scale: Tensor, wanted: tuple[int, ...], parts: str) -> None:
+    if stored.dtype != torch.float8_e4m3fn or tuple(scale.shape) != wanted:
+        raise QuantizationError(
+            f"{stored.dtype} {tuple(stored.shape)} with scales {tuple(scale.shape)} are not "
+            f"{parts}: values would get another one's scale. "
+            f"Give float8_e4m3fn and scales of shape {wanted}."
+        )
+
+
+def _cast(quotient: Tensor) -> Tensor:
+    """Clamped first: what torch's cast makes of more than 464 differs between its versions."""
+    return quotient.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def _blocks(w: Tensor, block: tuple[int, int]) -> Tensor:

@@ -144,7 +144,7 @@ def test_a_value_that_no_scale_brings_back_is_refused(value):
 
 @pytest.mark.parametrize("w", [torch.ones(5), torch.ones(2, 2, dtype=torch.int64)], ids=str)
 def test_what_has_no_blocks_is_refused(w):
-    with pytest.raises(QuantizationError, match="no blocks of real numbers"):
+    with pytest.raises(QuantizationError, match="cannot be cut into parts of real numbers"):
         quantize_blocks(w)
 
 
