@@ -18,6 +18,8 @@ BENCHES = {
     "baselines": "dsv3_tutorial.bench.baselines",
     "clinic": "dsv3_tutorial.bench.clinic",
     "balance": "dsv3_tutorial.bench.balance",
+    "fp8": "dsv3_tutorial.bench.fp8",
+    "precision": "dsv3_tutorial.bench.precision",
 }
 
 
@@ -79,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         run=_train
     )
 
+    probe = _command(commands, "probe", _probe, "find out how this machine's FP8 matmul sums")
+    probe.add_argument("--out", metavar="FOLDER", help="receipts go here (default: data/measured)")
+    probe.add_argument("--json", action="store_true", help="JSON on standard output")
+
     grade = _command(commands, "grade", _grade, "run submitted notebooks again and judge them")
     grade.add_argument("files", nargs="+", metavar="FILE")
     grade.add_argument("--csv", action="store_true", help="one row an exercise, as CSV")
@@ -116,6 +122,13 @@ def _train(options: argparse.Namespace) -> int:
     from dsv3_tutorial.train import run
 
     return run.main(options.rest)  # its own options
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from dsv3_tutorial.bench import probe
+
+    out = ["--out", options.out] if options.out else []
+    return probe.main([*out, *(["--json"] if options.json else [])])
 
 
 def _grade(options: argparse.Namespace) -> int:

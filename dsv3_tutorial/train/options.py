@@ -66,6 +66,11 @@ ABOUT = (
     "goes on from, and DIR/model/ the result in Hugging Face's layout."
 )
 RECOMPUTE = "keep a block's input only and run it again in backward: less memory, more work"
+PRECISION = (
+    "float32; bf16 (computed in a BF16 copy of float32 weights); fp8 (that, and the linear layers' "
+    "and experts' products in FP8, a scale for 1x128 values and 128x128 weights); fp8-tensor (the "
+    "same, one scale a tensor)"
+)
 SAVE_DTYPES = ("float32", "bf16")
 OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("steps", int, f"optimizer steps ({STEPS})"),
@@ -81,7 +86,8 @@ OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("gamma", float, f"how far the balance bias moves a step ({recipes.GAMMA})"),
     ("alpha", float, f"of the balance loss ({recipes.ALPHA})"),
     ("freeze_bias", float, f"last part of the run it rests in ({Recipe.freeze_bias:.3f})"),
-    ("precision", str, "float32 or bf16 (autocast over float32 weights)"),
+    ("precision", str, PRECISION),
+    ("moments", str, "of the optimizer: float32, or bf16 (so with fp8 and fp8-tensor)"),
     ("tokenizer", str, "bytes, or bpe (learned from the training files)"),
     ("vocab_size", int, "symbols of the bpe"),
     ("evaluate_every", int, f"steps between held-out losses ({Recipe.evaluate_every})"),
@@ -157,6 +163,7 @@ def _resumed(
 ) -> Plan:
     """The run as it was begun; what is given again must agree, save for how long it lasts."""
     was = {**before["recipe"], "config": before["config_name"], "text": before["text"]}
+    was["moments"] = Recipe.from_dict(before["recipe"]).moments_in
     problems += [
         f"{name} = {value!r}: the run was begun with {was[name]!r}, and goes on with it"
         for name, value in given.items()

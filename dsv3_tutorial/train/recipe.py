@@ -25,8 +25,10 @@ ALPHA = 0.0001
 
 BALANCES = ("bias", "sequence", "batch", "none")
 SCHEDULES = ("report", "cosine")
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "bf16", "fp8", "fp8-tensor")
+MOMENTS = ("float32", "bf16")
 TOKENIZERS = ("bytes", "bpe")
+LATER = ("moments",)  # fields that runs of earlier versions were written down without
 
 
 class RecipeError(ValueError):
@@ -66,6 +68,7 @@ class Recipe:
     evaluate_every: int = 200
     evaluate_windows: int = 64
     save_every: int = 200
+    moments: str | None = None  # of the optimizer; None: as the report has them, see `moments_in`
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -94,8 +97,15 @@ class Recipe:
         moves = self.balance == "bias" and step < (1 - self.freeze_bias) * self.steps
         return self.gamma if moves else 0.0
 
+    @property
+    def moments_in(self) -> str:
+        """What the optimizer's moments are kept in: BF16 beside FP8 (section 3.3.3), or float32."""
+        return self.moments or ("bf16" if self.precision.startswith("fp8") else "float32")
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values, without what came later and was not asked for: older runs still agree."""
+        values = asdict(self)
+        return {k: v for k, v in values.items() if k not in LATER or v is not None}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Recipe":
@@ -113,7 +123,7 @@ def _cosine(begin: float, end: float, done: float) -> float:
 _AT_LEAST = {"steps": 1, "seed": 0, "batch": 1, "micro_batches": 1, "seq_len": 4, "warmup": 0}
 _AT_LEAST |= {"evaluate_every": 1, "evaluate_windows": 1, "save_every": 1}
 _ONE_OF = {"schedule": SCHEDULES, "balance": BALANCES, "precision": PRECISIONS}
-_ONE_OF |= {"tokenizer": TOKENIZERS}
+_ONE_OF |= {"tokenizer": TOKENIZERS, "moments": (None, *MOMENTS)}
 _FINITE = {"peak_lr": (0.0, 10.0), "mtp_weight": (0.0, 10.0), "gamma": (0.0, 1.0)}
 _FINITE |= {"alpha": (0.0, 10.0), "freeze_bias": (0.0, 1.0)}
 
@@ -125,7 +135,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"{name} = {value!r}: it must be a whole number of {least} or more"
     for name, known in _ONE_OF.items():
         if getattr(recipe, name) not in known:
-            yield f"{name} = {getattr(recipe, name)!r}: it must be one of {', '.join(known)}"
+            listed = ", ".join(filter(None, known))
+            yield f"{name} = {getattr(recipe, name)!r}: it must be one of {listed}"
     for name, (low, high) in _FINITE.items():
         value = getattr(recipe, name)
         if type(value) not in (int, float) or not low <= value <= high:

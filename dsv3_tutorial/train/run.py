@@ -184,14 +184,15 @@ def fresh_state(planned: Plan, text: corpus.Corpus, ranks: Ranks) -> TrainingSta
     torch.manual_seed(recipe.seed)
     random.seed(recipe.seed)
     model = DeepSeekV3(planned.config).to(ranks.device)
-    worker = worker_for(model, recipe.precision)
+    worker = worker_for(model, recipe.precision, share=ranks.size == 1)
     if recipe.recompute:
         recompute_blocks(worker)
     worker = shard(worker, ranks)
     model = worker if recipe.precision == "float32" else shard(model, ranks)
     sampler = corpus.Sampler(text.train, recipe.batch, recipe.seq_len, recipe.seed, text.place)
     corpus.check_window(text.held_out, recipe.seq_len)
-    return TrainingState(model, optimizer_for(model, recipe.peak_lr), sampler, recipe, 0, worker)
+    optimizer = optimizer_for(model, recipe.peak_lr, recipe.moments_in)
+    return TrainingState(model, optimizer, sampler, recipe, 0, worker)
 
 
 def _check_share(recipe: Recipe, ranks: Ranks) -> None:

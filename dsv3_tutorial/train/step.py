@@ -19,6 +19,7 @@ from dsv3_tutorial.moe.balance_losses import batch_wise_loss, sequence_wise_loss
 from dsv3_tutorial.parallel.data import Ranks, synchronise
 from dsv3_tutorial.train.corpus import Sampler
 from dsv3_tutorial.train.fault import report
+from dsv3_tutorial.train.moments import Bf16Moments
 from dsv3_tutorial.train.precision import give_gradients, take_weights
 from dsv3_tutorial.train.recipe import BETAS, CLIP, WEIGHT_DECAY, Recipe
 
@@ -73,15 +74,19 @@ class Update(NamedTuple):
         return each.mean().item(), each.max().item()
 
 
-def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: norms and biases have no scale to keep small."""
+def optimizer_for(model: nn.Module, lr: float, moments: str = "float32") -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: norms and biases have no scale to keep small.
+
+    moments: what it keeps of each parameter, twice, in "float32" or in "bf16".
+    """
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": decay, "weight_decay": WEIGHT_DECAY},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+    kind = Bf16Moments if moments == "bf16" else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=BETAS, fused=True)
 
 
 def nats(logits: Tensor, target: Tensor) -> Tensor:

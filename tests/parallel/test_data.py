@@ -234,6 +234,28 @@ def children(pid):
     return sorted(child for child, parent in pairs if parent == pid)
 
 
+@pytest.mark.slow
+def test_two_ranks_train_in_fp8_nearly_as_one_process_and_one_goes_on_from_them(options, tmp_path):
+    """Nearly: a rank rounds weights to BF16 first, and Wgrad's tiles hold its tokens only."""
+    fp8 = [*options, "--precision", "fp8", "--steps", "6", "--save-every", "3"]
+    fp8 += ["--peak-lr", "1e-2", "--warmup", "2"]
+    assert run.main([*fp8, "--out", str(tmp_path / "one")]) == 0
+    with torchrun([*fp8, "--out", str(tmp_path / "two")], tmp_path / "said") as started:
+        assert started.wait(timeout=300) == 0, said(tmp_path)
+    again = back_to(tmp_path / "two", tmp_path / "again", 3)
+    kept = sealed.verify(sealed.folder_for(again / "checkpoints", 3))["tensors"]
+    moments = [kind for name, kind in kept.items() if name.endswith((".exp_avg", ".exp_avg_sq"))]
+    assert moments and {dtype for dtype, _ in moments} == {"bfloat16"}
+    assert run.main([*fp8, "--out", str(again), "--resume"]) == 0
+    one, two, gone_on = (
+        [row["loss"] for row in rows(folder)]
+        for folder in (tmp_path / "one", tmp_path / "two", again)
+    )
+    assert gone_on[:3] == two[:3]
+    assert gone_on[3:] == pytest.approx(two[3:], rel=1e-3)
+    assert one == pytest.approx(two, rel=5e-3) and one[-1] < 0.7 * one[0]
+
+
 def test_a_model_that_nobody_sharded_gathers_as_it_is():
     model = DeepSeekV3(ModelConfig.from_dict(CONFIG))
     assert data.gathered_state(model).keys() == model.state_dict().keys()

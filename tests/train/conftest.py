@@ -75,7 +75,7 @@ def start(moe_config, text_folder):
         if recipe.recompute:
             recompute_blocks(worker)
         sampler = corpus.Sampler(text.train, recipe.batch, recipe.seq_len, recipe.seed, text.place)
-        optimizer = optimizer_for(model, recipe.peak_lr)
+        optimizer = optimizer_for(model, recipe.peak_lr, recipe.moments_in)
         return TrainingState(model, optimizer, sampler, recipe, worker=worker)
 
     return begin

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.train.options import STDLIB, parser, plan
+from dsv3_tutorial.train.options import NAMES, STDLIB, parser, plan
 from dsv3_tutorial.train.recipe import Recipe, RecipeError
 
 
@@ -36,7 +36,9 @@ def test_without_options_it_is_small_on_the_standard_library(out):
 
 def test_every_field_of_the_recipe_has_its_option(out):
     values = {**Recipe(steps=3).to_dict(), "recompute": True, "vocab_size": 300}
-    values |= {"tokenizer": "bpe", "balance": "batch", "precision": "bf16", "seed": 7}
+    values |= {"tokenizer": "bpe", "balance": "batch", "precision": "fp8-tensor", "seed": 7}
+    values |= {"moments": "float32"}
+    assert values.keys() == set(NAMES)
     argv = [f"--{name.replace('_', '-')}" for name in ("recompute",)]
     for name, value in values.items():
         if name != "recompute":
@@ -111,6 +113,19 @@ def test_resume_refuses_options_that_would_make_it_another_run(begun):
 def test_resume_may_change_how_long_it_lasts_and_how_often_it_looks(begun):
     planned = asked("--out", begun, "--resume", "--steps", 80, "--save-every", 5)
     assert (planned.recipe.steps, planned.recipe.save_every) == (80, 5)
+
+
+def test_a_run_from_before_moments_could_be_chosen_goes_on_and_knows_what_it_has(begun):
+    assert "moments" not in json.loads((begun / "run.json").read_text())["recipe"]
+    assert asked("--out", begun, "--resume", "--moments", "float32").recipe.moments is None
+    with pytest.raises(RecipeError, match="moments = 'bf16': the run was begun with 'float32'"):
+        asked("--out", begun, "--resume", "--moments", "bf16")
+
+
+def test_help_says_what_each_precision_is():
+    said = " ".join(parser().format_help().split())
+    for part in ("BF16 copy of float32 weights", "1x128 values", "one scale a tensor"):
+        assert part in said
 
 
 def test_resume_without_a_run_begins_one(out):

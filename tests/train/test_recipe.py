@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from dsv3_tutorial.train.recipe import Recipe, RecipeError
+from dsv3_tutorial.train.recipe import PRECISIONS, Recipe, RecipeError
 
 
 def test_the_learning_rate_follows_the_reports_stations_at_any_length():
@@ -42,6 +42,19 @@ def test_a_recipe_survives_being_written_down():
         Recipe.from_dict({"stesp": 7})
 
 
+def test_moments_are_as_the_report_has_them_unless_asked_for():
+    kept = {p: Recipe(steps=1, precision=p).moments_in for p in PRECISIONS}
+    assert kept == {"float32": "float32", "bf16": "float32", "fp8": "bf16", "fp8-tensor": "bf16"}
+    assert Recipe(steps=1, precision="fp8", moments="float32").moments_in == "float32"
+    assert Recipe(steps=1, moments="bf16").moments_in == "bf16"
+
+
+def test_a_recipe_that_asks_for_no_moments_is_written_down_as_before_there_were_any():
+    assert "moments" not in Recipe(steps=7).to_dict()
+    asked = Recipe(steps=7, moments="bf16")
+    assert asked.to_dict()["moments"] == "bf16" and Recipe.from_dict(asked.to_dict()) == asked
+
+
 WRONG = {
     "steps": [0, -1, 1.5, "ten", True, None],
     "batch": [0, "8"],
@@ -51,7 +64,8 @@ WRONG = {
     "balance": ["luck", None],
     "gamma": [-0.1, 2],
     "freeze_bias": [1.1],
-    "precision": ["fp8"],
+    "precision": ["fp4", "fp8_tensor", None],
+    "moments": ["fp8", 16],
     "recompute": ["yes", 1],
     "tokenizer": ["words"],
     "save_every": [0],

@@ -69,6 +69,50 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(train, monkeypatc
     assert same[0] == same[1]
 
 
+def test_a_run_in_fp8_learns_and_its_model_is_worth_what_its_log_says(train, text_folder):
+    options = ("--steps", "15", "--evaluate-every", "5", "--evaluate-windows", "8")
+    assert train(*QUICK, *options, "--precision", "fp8") == 0
+    held_out = [row["held_out"] for row in log.read(train.out) if "held_out" in row]
+    assert held_out[0] > held_out[1] > held_out[2] and held_out[2] < 5
+    model = DeepSeekV3.from_pretrained(train.out / "model")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    recipe = plan(parser().parse_args(["--out", str(train.out), "--resume"])).recipe
+    main, _ = held_out_of(model, text_folder, recipe)  # in float32
+    assert main == pytest.approx(held_out[2], rel=5e-3)
+
+
+def test_an_interrupted_run_in_fp8_goes_on_bit_for_bit(train, monkeypatch, capsys):
+    options = (*QUICK, "--steps", "6", "--save-every", "2", "--evaluate-every", "3")
+    options += ("--precision", "fp8", "--micro-batches", "2", "--evaluate-windows", "4")
+    assert train(*options, out="whole") == 0
+    monkeypatch.setattr(run, "train_step", interrupting(at=5))
+    assert train(*options) == 130
+    monkeypatch.undo()
+    assert train("--resume") == 0 and "resumed after step 4" in capsys.readouterr().out
+    assert rows(train.out) == rows(train.out.parent / "whole")
+    folders = [train.out.parent / name for name in NAMES]
+    same = [(folder / "model/model.safetensors").read_bytes() for folder in folders]
+    assert same[0] == same[1]
+    facts = [sealed.verify(folder / "checkpoints/step-00000006") for folder in folders]
+    assert facts[0]["tensors"] == facts[1]["tensors"] and facts[0]["files"] == facts[1]["files"]
+    moments = [t for name, t in facts[0]["tensors"].items() if name.endswith((".exp_avg", "_sq"))]
+    assert moments and {dtype for dtype, _ in moments} == {"bfloat16"}
+
+
+def test_a_checkpoint_with_other_moments_is_refused_and_one_from_before_there_were_any_is_not(
+    train, capsys
+):
+    assert train(*QUICK, "--steps", "2") == 0
+    written = (train.out / "run.json").read_text()
+    begun = json.loads(written)
+    begun["recipe"]["moments"] = "bf16"
+    (train.out / "run.json").write_text(json.dumps(begun))
+    assert train("--resume", "--steps", "3") == 1
+    assert "moments ('absent' in the checkpoint, 'bf16' now)" in capsys.readouterr().err
+    (train.out / "run.json").write_text(written)
+    assert train("--resume", "--steps", "3") == 0
+
+
 NAMES = ("run", "whole")
 
 

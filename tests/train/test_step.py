@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dsv3_tutorial.moe.balance import update_bias, watch
 from dsv3_tutorial.moe.balance_losses import sequence_wise_loss
 from dsv3_tutorial.train import step
+from dsv3_tutorial.train.fault import NotFinite
 from dsv3_tutorial.train.precision import give_gradients, take_weights, worker_for
 
 
@@ -165,6 +166,60 @@ def test_bf16_computes_in_a_rounded_copy_and_updates_float32_masters(start, upda
         assert torch.equal(own, master.bfloat16()) and own.grad is None
     assert all(b.dtype == torch.float32 for b in biases(state.worker))
     assert all(map(torch.equal, biases(state.worker), biases(state.model)))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-tensor"])
+def test_fp8_learns_and_keeps_float32_masters_and_bf16_moments(start, update, precision):
+    state = start(precision=precision, peak_lr=4e-2, steps=9)
+    losses = [update(state).loss for _ in range(9)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+    kept = {
+        name: {own[name].dtype for own in state.optimizer.state.values()}
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+    assert kept == {"exp_avg": {torch.bfloat16}, "exp_avg_sq": {torch.bfloat16}}
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-tensor"])
+def test_fp8_gradients_are_those_of_float32_to_within_its_rounding(start, precision):
+    exact, rounded = start(), start(precision=precision)
+    batch = exact.sampler.draw()
+    one, means, counts = gradients(exact, batch)
+    two, means_fp8, counts_fp8 = gradients(rounded, batch)
+    assert one.keys() == two.keys()
+    assert means_fp8[0].item() == pytest.approx(means[0].item(), rel=2e-3)
+    assert counts_fp8.sum() == counts.sum()
+    differ = [(one[n] - two[n]).norm() / one[n].norm() for n in one if "experts." not in n]
+    assert 0 < max(differ) < 0.3  # a gate's choice of another expert is part of it
+
+
+def test_fp8_gradients_of_micro_batches_are_added_in_float32(start):
+    state = start(precision="fp8", micro_batches=4)
+    sums, _, _ = gradients(state, state.sampler.draw())
+    assert {grad.dtype for grad in sums.values()} == {torch.float32}
+    experts = sums["model.layers.1.mlp.experts.gate_up_proj"]
+    assert (experts != experts.bfloat16().float()).any()
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-tensor"])
+def test_what_is_not_finite_is_not_hidden_by_fp8_and_stops_the_step(start, update, precision):
+    state = start(precision=precision)
+    before = state.model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        state.model.model.layers[1].self_attn.o_proj.weight[3, 5] = math.inf
+    with pytest.raises(NotFinite, match="Step 1 stopped the run"):
+        update(state)
+    assert torch.equal(state.model.lm_head.weight, before)
+
+
+def test_fp8_runs_again_in_recomputation_as_it_ran_the_first_time(start):
+    plain, again = start(precision="fp8"), start(precision="fp8", recompute=True)
+    batch = plain.sampler.draw()
+    kept, means, counts = gradients(plain, batch)
+    ran_twice, means_again, counts_again = gradients(again, batch)
+    assert all(torch.equal(kept[name], ran_twice[name]) for name in kept)
+    assert torch.equal(means, means_again) and torch.equal(counts, counts_again)
 
 
 def test_bf16_gradients_of_micro_batches_are_added_in_float32():
