@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from dsv3_tutorial.learn import exercises
 
@@ -55,7 +56,8 @@ class Exercise:
     """An exercise, whose solution is the function of the package that `reference` names.
 
     difficulty and importance are out of 5; lines is about what a solution takes; needs names the
-    globals that the reference uses beside torch, math and torch.nn.functional as F.
+    globals that the reference uses beside torch, math and torch.nn.functional as F. compare(got,
+    expected) says what is wrong, or None, where equality is not the question.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Exercise:
     tolerance: float | None = None
     needs: tuple[str, ...] = ()
     seconds: float = SECONDS
+    compare: Callable[[Any, Any], str | None] | None = None
 
     @property
     def concept(self) -> str:

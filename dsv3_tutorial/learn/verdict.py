@@ -104,7 +104,7 @@ def _what_is_wrong(exercise: Exercise, case: Case, outcome: Outcome) -> tuple[st
     if outcome.error is not None:
         return RAISED, _error_text(outcome)
     expected = exercise.function(*case.make())
-    text = _safe_difference(outcome.result, expected, exercise.tolerance, not case.hidden)
+    text = _differ(exercise, outcome.result, expected, not case.hidden)
     text = text or outcome.changed
     return (NOT_YET, f"{title}: {text}.") if text else None
 
@@ -127,6 +127,14 @@ def _changed(function: Callable, args: tuple, before: tuple) -> str | None:
             name = names[index] if index < len(names) else f"argument {index + 1}"
             return f"the input {name} was changed; work on a copy"
     return None
+
+
+def _differ(exercise: Exercise, got: Any, expected: Any, spoil: bool) -> str | None:
+    """What is wrong with a result: by the exercise's own comparison, where it has one."""
+    wrong = _safe_difference(got, expected, exercise.tolerance, spoil)
+    if wrong is None or exercise.compare is None or type(got) is not type(expected):
+        return wrong
+    return exercise.compare(got, expected)
 
 
 def _safe_difference(got: Any, expected: Any, tolerance: float | None, spoil: bool) -> str | None:
@@ -183,5 +191,5 @@ def _alike(one: Outcome, other: Outcome, exercise: Exercise) -> bool:
         return type(one.error) is type(other.error) and first_line(one.error) == first_line(
             other.error
         )
-    same = _safe_difference(one.result, other.result, exercise.tolerance, False) is None
+    same = _differ(exercise, one.result, other.result, False) is None
     return same and one.changed == other.changed
