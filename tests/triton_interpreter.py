@@ -3,8 +3,9 @@
 As shipped (Triton 3.6 to 3.9), it truncates float32 to BF16, loses the mantissa's carry and the
 subnormals on the way to FP8, and multiplies the bit patterns of BF16 operands in `tl.dot`. PyTorch
 rounds all of them right, so its casts are put in their place. Elementwise arithmetic on BF16 stays
-wrong: a kernel must go through float32 for it. A loop bound known at run time only is also mended:
-it is an array of one element, which numpy makes no integer of any more.
+wrong: a kernel must go through float32 for it. `tl.fma` rounds twice as shipped, and once here. A
+loop bound known at run time only is also mended: it is an array of one element, which numpy makes
+no integer of any more.
 """
 
 import numpy as np
@@ -23,6 +24,7 @@ TYPES = {
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torch's side of a view
 _as_shipped = interpreter._convert_float
+_fma_as_shipped = interpreter.InterpreterBuilder.create_fma
 _patch_as_shipped = interpreter._patch_lang_tensor
 
 
@@ -30,6 +32,7 @@ def install() -> None:
     """Put the corrected conversions in place, for every kernel interpreted from now on."""
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.create_fma = fused
     interpreter._patch_lang_tensor = patch_tensor
 
 
@@ -55,6 +58,25 @@ def dot(builder, a, b, accumulator, input_precision, max_num_imprecise_acc):
     wide = accumulator.data.dtype
     product = np.matmul(_widened(a, wide), _widened(b, wide))
     return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
+
+def fused(builder, x, y, z):
+    """`tl.fma` of float32: x * y + z, rounded once.
+
+    The product is exact in float64. The sum is rounded there to the odd neighbour, which float32
+    then rounds as it would have rounded the sum itself.
+    """
+    if z.data.dtype != np.float32:
+        return _fma_as_shipped(builder, x, y, z)
+    with np.errstate(all="ignore"):  # NaN and infinity go through, as on the GPU
+        product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
+        total = product + addend
+        back = total - product
+        lost = (product - (total - back)) + (addend - back)
+        even = total.view(np.int64) & 1 == 0
+        nudged = even & (lost != 0) & np.isfinite(lost)
+        total = np.where(nudged, np.nextafter(total, lost * np.inf), total)
+        return interpreter.TensorHandle(total.astype(np.float32), z.dtype.scalar)
 
 
 def patch_tensor(tensor, scope) -> None:

@@ -11,10 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3_tutorial.backend import pick
 from dsv3_tutorial.fp8 import cpu
 from dsv3_tutorial.fp8.accumulate import TensorCore, matmul_emulated
-from dsv3_tutorial.fp8.quant import TILE
+from dsv3_tutorial.fp8.quant import TILE, pick_fp8
 
 BACKENDS = ("reference", "triton", "scaled_mm")
 OUT_DTYPES = (torch.float32, torch.bfloat16)
@@ -49,7 +48,7 @@ def matmul(
         from dsv3_tutorial.fp8 import scaled_mm
 
         return scaled_mm.matmul(a, a_scale, b, b_scale, out_dtype)
-    if pick(a, backend) == "triton":
+    if pick_fp8(a, backend) == "triton":
         from dsv3_tutorial.fp8 import triton_gemm
 
         return triton_gemm.matmul(a, a_scale, b, b_scale, out_dtype)

@@ -45,7 +45,7 @@ def quantize_tiles(
     their tile gets the scale NaN, and all of it comes back as NaN.
     """
     _check(x, 1, checked)
-    if pick(x, backend) == "triton":
+    if pick_fp8(x, backend) == "triton":
         from dsv3_tutorial.fp8 import triton_quant
 
         return triton_quant.quantize_tiles(x, pow2, tile)
@@ -75,15 +75,24 @@ def cast_tiles(x: Tensor, tile: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def quantize_blocks(
-    w: Tensor, block: tuple[int, int] = BLOCK, pow2: bool = False, checked: bool = True
+    w: Tensor,
+    block: tuple[int, int] = BLOCK,
+    pow2: bool = False,
+    checked: bool = True,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Store a weight in a quarter of float32's bytes, each block with its own scale.
 
     w (..., m, n) -> float8_e4m3fn (..., m, n) and the scales, float32, positive,
     (..., ceil(m / 128), ceil(n / 128)). A block at the edge is smaller. Zeros, NaN, infinity and
-    the error of a value: as in `quantize_tiles`.
+    the error of a value: as in `quantize_tiles`. The kernel knows blocks of 128 x 128 only.
     """
     _check(w, 2, checked)
+    if pick_fp8(w, backend) == "triton" and (block == BLOCK or backend is not None):
+        from dsv3_tutorial.fp8 import triton_quant
+
+        _check_block(block)
+        return triton_quant.quantize_blocks(w, pow2)
     w = w.float()
     largest = _blocks(w.abs(), block).amax(dim=(-3, -1))  # (..., blocks of m, blocks of n)
     scale = scale_for(largest, pow2)
@@ -179,6 +188,24 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
     """One scale a block: (..., m, n) -> (..., ceil(m / 128), ceil(n / 128))."""
     *lead, m, n = shape
     return (*lead, math.ceil(m / block[0]), math.ceil(n / block[1]))
+
+
+def pick_fp8(x: Tensor, backend: str | None = None) -> str:
+    """`backend.pick`, but the reference where nothing is forced and the GPU has no FP8."""
+    name = pick(x, backend)
+    if name == "triton" and backend is None:
+        from dsv3_tutorial.fp8.triton_quant import fp8_problem
+
+        return name if fp8_problem(x.device) is None else "reference"
+    return name
+
+
+def _check_block(block: tuple[int, int]) -> None:
+    if block != BLOCK:
+        raise QuantizationError(
+            f"The kernel has no blocks of {block[0]} x {block[1]}. It was forced, so nothing else "
+            "was run in its place. Leave the backend open, or take blocks of 128 x 128."
+        )
 
 
 def _check(x: Tensor, least: int, checked: bool) -> None:

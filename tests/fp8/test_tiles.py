@@ -169,3 +169,22 @@ def test_triton_cannot_be_forced_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match="cannot run here"):
         quant.quantize_tiles(torch.ones(2, 128), backend="triton")
+
+
+def test_an_old_gpu_takes_the_reference_unless_the_kernel_is_forced(monkeypatch):
+    pytest.importorskip("triton")
+    from dsv3_tutorial.fp8 import triton_quant
+
+    monkeypatch.setattr(quant, "pick", lambda x, backend: "triton")
+    monkeypatch.setattr(triton_quant, "fp8_problem", lambda device: "compute capability 8.0")
+    assert quant.pick_fp8(torch.ones(1, 128)) == "reference"
+    assert quant.pick_fp8(torch.ones(1, 128), "triton") == "triton"
+    stored, scale = quant.quantize_tiles(torch.ones(1, 128))
+    assert stored.float().unique().item() == 448 and scale.shape == (1, 1)
+
+
+def test_the_kernel_forced_onto_other_blocks_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(quant, "pick", lambda x, backend: "triton")
+    with pytest.raises(QuantizationError, match="no blocks of 64 x 64"):
+        quant.quantize_blocks(torch.ones(64, 64), block=(64, 64), backend="triton")
