@@ -20,6 +20,7 @@ BENCHES = {
     "balance": "dsv3_tutorial.bench.balance",
     "fp8": "dsv3_tutorial.bench.fp8",
     "precision": "dsv3_tutorial.bench.precision",
+    "gradients": "dsv3_tutorial.bench.gradients",
 }
 
 

@@ -50,10 +50,12 @@ VARIANTS: dict[str, str | Scaling] = {
     "fp8-tensor": "fp8-tensor",
     "fp8, one loss scale": replace(DEEPSEEK, grad_scale=ONE_SCALE),
 }
-# Only where asked for: what rounding alone does to a run of BF16, and gradients as they are, of
-# which E4M3 has nothing below 2 ** -10: nearly all.
+NO_MASTERS = "bf16, no masters"
+# Only where asked for: what rounding alone does to a run of BF16; weights that are kept in BF16
+# between the steps; and gradients as they are, of which E4M3 has nothing below 2 ** -10.
 MORE: dict[str, str | Scaling] = {
     "float32": "float32",
+    NO_MASTERS: "bf16",
     "fp8, gradients unscaled": replace(DEEPSEEK, grad_scale=1.0),
 }
 
@@ -80,6 +82,8 @@ def run(variant: str, seed: int, text: corpus.Corpus, steps: int = STEPS) -> Cur
     losses, held_out = [], {}
     for step in range(1, steps + 1):
         losses.append(_step(state))
+        if variant == NO_MASTERS:
+            _forget_masters(state)
         if step > steps - TAIL and (step % EVERY == 0 or step == steps):
             held_out[step] = round(_held_out(state, text), 6)
     means = [round(mean(losses[at : at + EVERY]), 5) for at in range(0, steps, EVERY)]
@@ -148,6 +152,13 @@ def _alone() -> Ranks:
 def _step(state: TrainingState) -> float:
     """One update: the batch's bits per byte before it."""
     return train_step(state, state.sampler.draw(), _alone(), Phases()).loss / math.log(2)
+
+
+@torch.no_grad()
+def _forget_masters(state: TrainingState) -> None:
+    """Leave of the float32 weights only what BF16 holds, which the worker has already."""
+    for weight in state.model.parameters():
+        weight.copy_(weight.bfloat16())
 
 
 def _held_out(state: TrainingState, text: corpus.Corpus) -> float:

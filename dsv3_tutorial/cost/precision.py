@@ -44,6 +44,7 @@ STORAGE = {
     "e5m6": Storage(12, 32),
     "int8": Storage(8, 32),
     "mxfp8": Storage(8, 8, 32),
+    "mxfp8, up": Storage(8, 8, 32),  # its scale rounded up, as NVIDIA's libraries do
     "logfmt-8": Storage(8, 2 * 32),  # the tile's smallest logarithm and the step between codes
     "logfmt-10": Storage(10, 2 * 32),
 }

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_tutorial.fp8.quant import BLOCK, TILE, QuantizationError, scale_for
+from dsv3_tutorial.fp8.checks import QuantizationError, check_part, check_real
+from dsv3_tutorial.fp8.quant import BLOCK, SAFE_SCALE, TILE, clamp_decoded, scale_for
 
 Size = tuple[int, int]
 
@@ -47,9 +48,10 @@ def round_trip_tiles(
     x (..., n) real -> (..., n), float32: bit-equal to dequantize_tiles(*quantize_tiles(x)), a tile
     with NaN or infinity all NaN. axis=-2: tiles of 128 x 1, down the columns of x (..., m, n), with
     no transposed copy. dtype bfloat16 is as exact with `pow2`, and rounds without it.
+    What rounding up carries beyond float32 is clamped to its largest, as there.
     Raises QuantizationError for what has no tiles of real numbers.
     """
-    _check(x, 1 if axis == -1 else 2)
+    check_real(x, 1 if axis == -1 else 2)
     if axis not in (-1, -2):
         what = f"axis={axis}: tiles lie along the last axis or the one before it"
         raise QuantizationError(f"{what}. No product sums over another. Pass -1 or -2.")
@@ -63,13 +65,13 @@ def round_trip_blocks(
     w: Tensor, pow2: bool = False, block: Size = BLOCK, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """What quantising through blocks and back leaves of a weight (..., m, n): as for tiles."""
-    _check(w, 2)
+    check_real(w, 2)
     return _round_trip(w, block, pow2, dtype)
 
 
 def round_trip(x: Tensor, size: Size, pow2: bool = False) -> Tensor:
     """The same for a matrix (m, n) in parts of any `size`, rows x columns: float32 (m, n)."""
-    _check(x, 2)
+    check_real(x, 2)
     return _round_trip(x, size, pow2, torch.float32)
 
 
@@ -81,7 +83,7 @@ def round_trip_kept(
     x (m, n) real, in parts of `size` -> float32 (m, n), float8_e4m3fn (m, n), and a float32 scale a
     part. A forward multiplies the first and keeps the others for Wgrad. All lie as x lies.
     """
-    _check(x, 2)
+    check_real(x, 2)
     if _lies_transposed(x):
         values, codes, scale = round_trip_kept(x.mT, size[::-1], pow2)
         return values.mT, codes.mT, scale.mT
@@ -150,6 +152,7 @@ def _round_trip(
     """x (..., m, n) in parts of m x n `size`, whatever lies before as matrices of their own."""
     if _lies_transposed(x):
         return _round_trip(x.mT, size[::-1], pow2, dtype).mT
+    check_part(*size)
     *_, m, n = x.shape
     out = torch.empty(x.shape, dtype=dtype)
     buffers = torch.empty(2, min(m * n, _CHUNK + size[0] * n))
@@ -180,10 +183,11 @@ def _round_parts(x: Tensor, out: Tensor, buffers: Tensor, pow2: bool) -> tuple[T
     torch.bitwise_and(work.view(torch.int32), _EXPONENT, out=rounder.view(torch.int32))
     rounder.mul_(_ROUNDER).clamp_min_(_SMALLEST)
     work.add_(rounder).sub_(rounder).copysign_(x)  # -0.0 keeps its sign, as in a cast
-    if out.dtype == torch.float32:
-        torch.mul(work, scale, out=out)
-    else:
-        out.copy_(torch.mul(work, scale, out=rounder))
+    values = torch.mul(work, scale, out=out if out.dtype == torch.float32 else rounder)
+    if pow2:  # no other scale, of its own part's largest, leads beyond float32
+        clamp_decoded(values, scale, out.dtype)
+    if values is not out:
+        out.copy_(values)
     return work, scale
 
 
@@ -232,19 +236,10 @@ def _half(codes: Tensor) -> Tensor:
 
 def _restore(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """codes * scale into `out`, rounded once: one pass where 256 * scale does not overflow."""
-    large = scale > 2.0**119
+    large = scale > SAFE_SCALE
     plain = out if out.dtype == torch.float32 else None
     values = torch.mul(_half(codes), torch.where(large, scale, 256 * scale), out=plain)
     if large.any():
-        values.mul_(torch.where(large, 256.0, 1.0))
+        clamp_decoded(values.mul_(torch.where(large, 256.0, 1.0)), scale, out.dtype)
     if plain is None:
         out.copy_(values)
-
-
-def _check(x: Tensor, least: int) -> None:
-    if x.ndim < least or not x.is_floating_point() or 0 in x.shape[-least:]:
-        raise QuantizationError(
-            f"{x.dtype} of shape {tuple(x.shape)} cannot be cut into parts of real numbers with a "
-            "scale each. What came out would stand for something else. Give a floating-point "
-            f"{('', 'vector', 'matrix')[least]}, or a stack of them."
-        )

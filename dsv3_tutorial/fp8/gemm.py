@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv3_tutorial.fp8 import cpu
 from dsv3_tutorial.fp8.accumulate import TensorCore, matmul_emulated
-from dsv3_tutorial.fp8.quant import TILE, pick_fp8
+from dsv3_tutorial.fp8.quant import TILE, dequantize_tiles, pick_fp8
 
 BACKENDS = ("reference", "triton", "scaled_mm")
 OUT_DTYPES = (torch.float32, torch.bfloat16)
@@ -42,7 +42,7 @@ def matmul(
     """
     _check(a, a_scale, b, b_scale, out_dtype)
     if core is not None:
-        _check_core(backend)
+        _check_core(core, backend)
         return _emulated(a, a_scale, b, b_scale, core).to(out_dtype)
     if backend == "scaled_mm":
         from dsv3_tutorial.fp8 import scaled_mm
@@ -71,9 +71,16 @@ def block_products(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
 
 
 def dequantize(x_fp8: Tensor, scale: Tensor) -> Tensor:
-    """The matrix (m, k) in float32, whatever its scales are one of: tile, block, row or tensor."""
+    """The matrix (m, k) in float32, whatever its scales are one of: tile, block, row or tensor.
+
+    Clamped to float32's largest as in `quant.dequantize_tiles`, on a GPU only where the scales are
+    one a whole tile: there no factor has to be spread out, which pays for the clamp's pass.
+    """
     if x_fp8.device.type == "cpu":
         return cpu.dequantize(x_fp8, scale)
+    (m, k), shape = x_fp8.shape, tuple(scale.shape)
+    if k % TILE == 0 and shape == (m, k // TILE):
+        return dequantize_tiles(x_fp8, scale)
     return x_fp8.float() * spread(scale, x_fp8.shape)
 
 
@@ -90,7 +97,7 @@ def spread(scale: Tensor, shape: torch.Size) -> Tensor:
     return scale
 
 
-def _emulated(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, core: "TensorCore") -> Tensor:
+def _emulated(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, core: TensorCore) -> Tensor:
     """The sum of `core`: over all of k where the scales allow, else every 128, with its scales."""
     one_scale_along_k = all(s.ndim == 0 or s.shape[1] == 1 for s in (a_scale, b_scale))
     step = a.shape[1] if one_scale_along_k else TILE
@@ -112,7 +119,12 @@ def _column(scale: Tensor, i: int, rows: int) -> Tensor:
     return own.repeat_interleave(TILE)[:rows]
 
 
-def _check_core(backend: str | None) -> None:
+def _check_core(core: TensorCore, backend: str | None) -> None:
+    if not isinstance(core, TensorCore):
+        raise GemmError(
+            f"core={core!r} is no tensor core: nothing says how it would sum. Pass a TensorCore of "
+            "fp8.accumulate, HOPPER for one, or None for a sum in float32."
+        )
     if backend not in (None, "reference"):
         raise GemmError(
             f"core=... with backend={backend!r}: a tensor core is emulated by the reference alone, "

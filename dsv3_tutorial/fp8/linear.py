@@ -40,26 +40,43 @@ def fp8_linear(
 ) -> tuple[Tensor, ...]:
     """One input times several weights in FP8: x (..., k), each weight (n, k) -> each (..., n).
 
-    In x's dtype; gradients of the weights in theirs. x is quantised once, and kept for Wgrad as
-    that: 1 byte and 1 / 32 a value, or 1.5 with cache="e5m6". Differentiable once.
+    In x's dtype, and its gradient too; gradients of the weights in theirs. Computed in float32 for
+    float16 and float64: the one gains no range, the other no digits. x is quantised once, and kept
+    for Wgrad as that: 1 byte and 1 / 32 a value, or 1.5 with cache="e5m6". Differentiable once.
+    No tokens give empty results and gradients of zero. Raises ValueError where k differs.
     """
+    for weight in weights:
+        _check_fit("x", x, weight)
     flat = x.reshape(-1, x.shape[-1])  # (M, k)
-    outs = _Linear.apply(flat, scaling, cache, *weights)
-    return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+    if len(flat) == 0:
+        outs = [F.linear(flat, weight.to(x.dtype)) for weight in weights]
+    else:
+        outs = _Linear.apply(flat, scaling, cache, *weights)
+    return tuple(out.view(*x.shape[:-1], w.shape[0]) for out, w in zip(outs, weights))
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, scaling: Scaling = DEEPSEEK) -> Tensor:
     """(silu(gate) * up) times a weight in FP8, keeping gate and up in FP8 and not their product.
 
-    gate, up (..., k), weight (n, k) -> (..., n). Backward computes the product again from the two.
+    gate, up (..., k), weight (n, k) -> (..., n) in gate's dtype. Backward computes the product
+    again from the two. No tokens, and a k that differs: as in `fp8_linear`.
     """
-    lead = gate.shape[:-1]
-    out = _SwigluLinear.apply(gate.flatten(0, -2), up.flatten(0, -2), weight, scaling)
-    return out.view(*lead, -1)
+    _check_fit("gate", gate, weight)
+    if up.shape != gate.shape:
+        raise ValueError(
+            f"swiglu_linear: gate is {tuple(gate.shape)} and up {tuple(up.shape)}. Each value of "
+            "one is multiplied with its own of the other. Give both in one shape (..., k)."
+        )
+    flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]  # (M, k) each
+    if gate.numel() == 0:
+        out = F.linear(_swiglu(*flat).to(gate.dtype), weight.to(gate.dtype))
+    else:
+        out = _SwigluLinear.apply(*flat, weight, scaling)
+    return out.view(*gate.shape[:-1], weight.shape[0])
 
 
 class Fp8Linear(nn.Linear):
-    """nn.Linear in FP8. forward: x (..., k) -> (..., n) in x's dtype.
+    """nn.Linear in FP8. forward: x (..., k) -> (..., n) in x's dtype, as `fp8_linear` has it.
 
     The weight stays as it is given, float32 as a rule: the optimizer's master, with its gradient
     added up in float32. It is quantised in every forward.
@@ -92,6 +109,18 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         (out,) = fp8_linear(x, self.weight, scaling=self.scaling, cache=self.cache)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def _check_fit(name: str, x: Tensor, weight: Tensor) -> None:
+    """Refuses an input whose last axis is not the one that the weight sums over."""
+    if x.ndim and weight.ndim == 2 and x.shape[-1] == weight.shape[1] > 0:
+        return
+    raise ValueError(
+        f"{name} {tuple(x.shape)} times a weight {tuple(weight.shape)}: both end in k, the axis "
+        f"that is summed, and here these are {x.shape[-1] if x.ndim else 'none'} and "
+        f"{weight.shape[-1] if weight.ndim else 'none'}. There is no product of these. "
+        f"Give {name} (..., k) and a weight (n, k), with k at least 1."
+    )
 
 
 def _keep(x: Tensor, own: Quantized, cache: str) -> tuple[Tensor, ...]:

@@ -102,8 +102,9 @@ def _dtype(bits: int) -> torch.dtype:
 
 
 def _check_bits(bits: int) -> None:
-    if not 3 <= bits <= 15:
+    if not isinstance(bits, int) or not 3 <= bits <= 15:
         raise QuantizationError(
-            f"LogFMT with {bits} bits: between a sign and two magnitudes there is no step, and "
-            "above 15 bits a code no longer fits its int16. Give 3 to 15; the paper uses 8 and 10."
+            f"LogFMT with {bits!r} bits: between a sign and two magnitudes there is no step, and "
+            "above 15 bits a code no longer fits its int16; a code has no part of a bit. Give 3 to "
+            "15, a whole number; the paper uses 8 and 10."
         )

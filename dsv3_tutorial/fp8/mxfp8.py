@@ -13,21 +13,27 @@ import torch
 from torch import Tensor
 
 from dsv3_tutorial.fp8.formats import real_tiles
-from dsv3_tutorial.fp8.quant import FP8_MAX, QuantizationError
+from dsv3_tutorial.fp8.quant import FP8_MAX, QuantizationError, power_of_two_scale
 
 GROUP = 32
 
 
-def quantize_mx(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_mx(x: Tensor, up: bool = False) -> tuple[Tensor, Tensor]:
     """Store x in eight bits, every 32 neighbours with a power of two in a byte of its own.
 
     x (..., n) real -> float8_e4m3fn (..., n) and float8_e8m0fnu (..., ceil(n / 32)). A last group
     may be shorter. A group of zeros gets the smallest scale, 2^-127. Bytes: 1 + 1 / 32 a value.
+    `up` rounds the scale up, as NVIDIA does, and not down, as the standard does.
     Raises QuantizationError for NaN and infinity.
     """
     groups = real_tiles(x, GROUP)  # (..., groups, 32)
-    exponent = groups.abs().amax(dim=-1).view(torch.int32) >> 23  # with float32's bias of 127
-    code = (exponent - 8).clamp_min(0)  # and UE8M0 has the same bias
+    largest = groups.abs().amax(dim=-1)  # (..., groups)
+    if up:
+        code = power_of_two_scale(largest).view(torch.int32) >> 23
+        code = code.masked_fill(largest == 0, 0)
+    else:
+        exponent = largest.view(torch.int32) >> 23  # with float32's bias of 127
+        code = (exponent - 8).clamp_min(0)  # and UE8M0 has the same bias
     scale = code.to(torch.uint8).view(torch.float8_e8m0fnu)
     stored = (groups / scale.float()[..., None]).clamp(-FP8_MAX, FP8_MAX)
     return stored.to(torch.float8_e4m3fn).flatten(-2)[..., : x.shape[-1]], scale

@@ -17,15 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_tutorial.backend import pick
+from dsv3_tutorial.fp8.checks import (
+    TINY,
+    QuantizationError,
+    check_part,
+    check_real,
+    check_scale,
+    check_scales,
+)
 
 FP8_MAX = 448.0  # the largest E4M3 value
 TILE = 128
 BLOCK = (128, 128)
-TINY = torch.finfo(torch.float32).tiny  # below it a quotient of tiny numbers would lose its digits
-
-
-class QuantizationError(ValueError):
-    """Numbers that eight bits and a scale cannot hold, or that are no such numbers."""
+SAFE_SCALE = 2.0**119  # the largest power of two that 448 can be multiplied with in float32
 
 
 def quantize_tiles(
@@ -41,10 +45,11 @@ def quantize_tiles(
     A last tile may be shorter. A tile of zeros gets the scale 1. `pow2` rounds a scale up to a
     power of two: dividing by it is exact, and up to half of the range stays unused. Error: up to
     1/16 of a value, more below 2^-15 of its tile's largest. Bytes: 1 + 4 / 128 a value.
-    Raises QuantizationError for NaN and infinity, which on a GPU waits for the device; unchecked,
-    their tile gets the scale NaN, and all of it comes back as NaN.
+    Raises QuantizationError for FP8, and for NaN, infinity and a float64 beyond float32, which on a
+    GPU waits for the device; unchecked, their tile gets the scale NaN and comes back as NaN.
     """
-    _check(x, 1, checked)
+    check_part(tile)
+    check_real(x, 1, checked)
     if pick_fp8(x, backend) == "triton":
         from dsv3_tutorial.fp8 import triton_quant
 
@@ -87,7 +92,8 @@ def quantize_blocks(
     (..., ceil(m / 128), ceil(n / 128)). A block at the edge is smaller. Zeros, NaN, infinity and
     the error of a value: as in `quantize_tiles`. The kernel knows blocks of 128 x 128 only.
     """
-    _check(w, 2, checked)
+    check_part(*block)
+    check_real(w, 2, checked)
     if pick_fp8(w, backend) == "triton" and (block == BLOCK or backend is not None):
         from dsv3_tutorial.fp8 import triton_quant
 
@@ -101,7 +107,7 @@ def quantize_blocks(
 
 def quantize_rows(x: Tensor, pow2: bool = False, checked: bool = True) -> tuple[Tensor, Tensor]:
     """One scale a token: x (..., n) -> float8_e4m3fn (..., n), float32 (..., 1)."""
-    _check(x, 1, checked)
+    check_real(x, 1, checked)
     x = x.float()
     scale = scale_for(x.abs().amax(dim=-1, keepdim=True), pow2)
     return _cast(x / scale), scale
@@ -113,12 +119,15 @@ def quantize_tensor(
     """One scale for all: x (...) -> float8_e4m3fn (...), float32 ().
 
     `scale` gives it from outside, as delayed scaling does (`fp8.delayed`): what it does not cover
-    is clamped to 448 of it, and what lies far below it is lost.
+    is clamped to 448 of it, and what lies far below is lost. Raises QuantizationError where it is
+    not one positive number; unchecked, a tensor's value is not read.
     """
-    _check(x, 1, checked)
+    check_real(x, 1, checked)
     x = x.float()
     if scale is None:
         scale = scale_for(x.abs().amax(), pow2)
+    else:
+        check_scale(scale, checked)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     return _cast(x / scale), scale
 
@@ -151,19 +160,22 @@ def dequantize_tiles(
 ) -> Tensor:
     """What the stored tiles stand for: x_fp8 * scale, rounded once, to dtype.
 
-    x_fp8 float8_e4m3fn (..., n), scale (..., ceil(n / 128)) -> (..., n).
+    x_fp8 float8_e4m3fn (..., n), scale (..., ceil(n / 128)) -> (..., n). What a power of two above
+    2^119 would carry beyond float32, or BF16 if that is dtype, is clamped to its largest number.
     Raises QuantizationError where the scales are not one a tile.
     """
-    n = x_fp8.shape[-1]
-    _check_scale(x_fp8, scale, (*x_fp8.shape[:-1], math.ceil(n / tile)), f"tiles of {tile}")
+    check_part(tile)
+    n = x_fp8.shape[-1] if x_fp8.ndim else 0
+    check_scales(x_fp8, scale, (*x_fp8.shape[:-1], math.ceil(n / tile)), f"tiles of {tile}")
     if n % tile == 0:
-        return restore_tiles(x_fp8, scale, tile).to(dtype)
-    each = scale.float().repeat_interleave(tile, dim=-1)[..., :n]  # (..., n)
-    return (x_fp8.float() * each).to(dtype)
+        values = restore_tiles(x_fp8, scale, tile)
+    else:
+        values = x_fp8.float() * scale.float().repeat_interleave(tile, dim=-1)[..., :n]
+    return clamp_decoded(values, scale, dtype).to(dtype)
 
 
 def restore_tiles(x_fp8: Tensor, scale: Tensor, tile: int = 128) -> Tensor:
-    """`dequantize_tiles` by definition, for whole tiles: (..., n), (..., n / tile) -> float32."""
+    """`dequantize_tiles` for whole tiles, but its clamp: (..., n), (..., n / tile) -> float32."""
     tiles = x_fp8.float().unflatten(-1, (-1, tile))  # (..., n / tile, tile)
     return (tiles * scale[..., None]).flatten(-2)
 
@@ -177,11 +189,22 @@ def dequantize_blocks(
     """The weight that the stored blocks stand for: w_fp8 * scale, rounded once, to dtype.
 
     w_fp8 float8_e4m3fn (..., m, n), scale (..., ceil(m / 128), ceil(n / 128)) -> (..., m, n).
-    Raises QuantizationError where the scales are not one a block.
+    Clamped as in `dequantize_tiles`. Raises QuantizationError where scales are not one a block.
     """
+    check_part(*block)
     wanted = scale_shape(w_fp8.shape, block)
-    _check_scale(w_fp8, scale, wanted, f"blocks of {block[0]} x {block[1]}")
-    return (w_fp8.float() * _spread(scale.float(), w_fp8.shape, block)).to(dtype)
+    check_scales(w_fp8, scale, wanted, f"blocks of {block[0]} x {block[1]}")
+    values = w_fp8.float() * _spread(scale.float(), w_fp8.shape, block)
+    return clamp_decoded(values, scale, dtype).to(dtype)
+
+
+def clamp_decoded(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """In place: float32's largest, or BF16's, for what rounding up carried beyond it."""
+    # the scales tell whether there can be any; a GPU would have to be waited for
+    if values.device.type != "cpu" or (scale > SAFE_SCALE).any():
+        limit = torch.finfo(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).max
+        values.clamp_(-limit, limit)
+    return values
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, ...]:
@@ -205,30 +228,6 @@ def _check_block(block: tuple[int, int]) -> None:
         raise QuantizationError(
             f"The kernel has no blocks of {block[0]} x {block[1]}. It was forced, so nothing else "
             "was run in its place. Leave the backend open, or take blocks of 128 x 128."
-        )
-
-
-def _check(x: Tensor, least: int, checked: bool) -> None:
-    if x.ndim < least or not x.is_floating_point() or 0 in x.shape[-least:]:
-        wanted = ("", "vector, or a stack of them", "matrix, or a stack of them")[least]
-        raise QuantizationError(
-            f"{x.dtype} of shape {tuple(x.shape)} cannot be cut into parts of real numbers with a "
-            "scale each. What came out would stand for something else. "
-            f"Give a floating-point {wanted}."
-        )
-    if checked and not x.isfinite().all():
-        raise QuantizationError(
-            "The tensor holds NaN or infinity. One such value would decide the scale of its whole "
-            "tile or block. Find the step that made it before storing anything."
-        )
-
-
-def _check_scale(stored: Tensor, scale: Tensor, wanted: tuple[int, ...], parts: str) -> None:
-    if stored.dtype != torch.float8_e4m3fn or tuple(scale.shape) != wanted:
-        raise QuantizationError(
-            f"{stored.dtype} {tuple(stored.shape)} with scales {tuple(scale.shape)} are not "
-            f"{parts}: values would get another one's scale. "
-            f"Give float8_e4m3fn and scales of shape {wanted}."
         )
 
 

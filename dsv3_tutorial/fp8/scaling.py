@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3_tutorial.fp8 import cpu, quant
+from dsv3_tutorial.fp8.checks import check_scale
 from dsv3_tutorial.fp8.gemm import matmul
 
 _CAST: dict[str, Callable] = {
@@ -77,6 +78,8 @@ class Scaling:
                 f"Scaling(w={self.w!r}): Fprop sums over a weight's columns, Dgrad over its rows, "
                 "and both take the same values. Choose 'block' or 'tensor'."
             )
+        if self.grad_scale is not None:
+            check_scale(self.grad_scale)
 
     def input(self, x: Tensor, keep: bool = True) -> Quantized:
         return quantized(x, self.x, self.pow2, keep)
@@ -122,8 +125,8 @@ def stored(values: Tensor, scale: Tensor) -> Quantized:
 
 
 def product(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-    """a (m, k) times the transpose of b (n, k), in BF16 if dtype is that, else in float32."""
-    out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    """a (m, k) times the transpose of b (n, k), summed in float32 and rounded to dtype."""
     if a.restored is not None and b.restored is not None:
-        return (a.restored @ b.restored.T).to(out)
-    return matmul(*a.kept, *b.kept, out)
+        return (a.restored @ b.restored.T).to(dtype)
+    out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return matmul(*a.kept, *b.kept, out).to(dtype)

@@ -18,7 +18,14 @@ FLOAT8_STEP = 0.125  # E4M3 has 3 mantissa bits: each element may be one step of
 def difference(
     got: Any, expected: Any, tolerance: float | None = None, spoil: bool = True
 ) -> str | None:
-    """What is wrong with got, or None if it is right. spoil=False keeps expected numbers secret."""
+    """What is wrong with got, or None if it is right. spoil=False keeps expected numbers secret.
+
+    A tensor without axes counts as the number in it, to its own dtype's precision.
+    """
+    if _is_number(expected) and _is_tensor(got) and got.ndim == 0:
+        if got.is_floating_point():
+            tolerance = max(tolerance or 0.0, TOLERANCE.get(_dtype(got), 1e-5))
+        got = got.item()
     wrong = _kind_difference(got, expected)
     if wrong:
         return wrong

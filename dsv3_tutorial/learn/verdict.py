@@ -90,10 +90,17 @@ def _judge_cases(exercise: Exercise, function: Callable, clock: Clock) -> tuple[
         if isinstance(outcome.error, TimeUp):
             return NOT_YET, f"{exercise.case_title(case)}: {text}"
         named = _name_mistake(exercise, function, case, outcome, clock)
-        hint = named or (exercise.hints[0] if status == NOT_YET and exercise.hints else None)
-        return status, f"{text} Hint: {hint}" if hint else text
+        first = exercise.hints[0] if status == NOT_YET and exercise.hints else None
+        return status, _with_hint(text, named, first)
     count = len(exercise.cases)
     return PASSED, f"{count} case{'s' if count > 1 else ''}"
+
+
+def _with_hint(text: str, named: str | None, first: str | None) -> str:
+    """One hint: a known mistake's, else the comparison's own in text, else the exercise's first."""
+    text, _, own = text.partition(" Hint: ")
+    hint = named or own or first
+    return f"{text} Hint: {hint}" if hint else text
 
 
 def _what_is_wrong(exercise: Exercise, case: Case, outcome: Outcome) -> tuple[str, str] | None:

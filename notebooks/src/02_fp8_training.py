@@ -1,7 +1,7 @@
 # %% [markdown] id="title"
 # # 2 · FP8 training
 #
-# DeepSeek-V3 did most of its training arithmetic on numbers of eight bits. Such a number has three digits behind its first one, in binary, and the tensor core that adds their products keeps fewer digits than anyone was told. In this lesson you
+# DeepSeek-V3 did most of its training arithmetic on numbers of eight bits, on tensor cores that keep fewer digits of a sum than anyone was told. In this lesson you
 # build what makes that enough: a scale for each few numbers, sums that are promoted in time, and three products that each quantise along the right axis. Then you train with it, and learn how much evidence it takes to say that nothing was lost.
 #
 # After it you can
@@ -12,7 +12,7 @@
 # - tell a real difference between two training runs from noise;
 # - say where FP8 is faster, and where quantising costs more than it saves.
 #
-# *75 minutes to `progress()`; Further holds about as much again. Run All takes about a minute and a half. You need to know what a linear layer and its gradient are; no other lesson is needed.*
+# *75 minutes to `progress()`; Further holds about as much again. Run All takes about two minutes. You need to know what a linear layer and its gradient are; no other lesson is needed. In any cell, `hint(name)` helps with an exercise, `solution(name)` shows the package's source, and `term("FP8")` explains a word.*
 #
 # **Letters.** A product has the sizes `m`, `n`, `k`: $(m, k)$ times the transpose of $(n, k)$ gives $(m, n)$, and `k` is the axis that is summed. In a linear layer `M` tokens take the place of `m`. A *tile* is 1 x 128 numbers along a row, a *block* 128 x 128.
 
@@ -60,7 +60,7 @@ fp8_roofline.by_format(chip="h800", fmt="fp8")
 fp8_roofline.twice_fp16()
 
 # %% [markdown] id="claim-units-words"
-# Half true. The peak is twice BF16's, and FP16's is BF16's. But there is no separate unit: the ordinary tensor cores accept FP8. The best published products reach 69 to 78 % of that peak. And of a whole training run, which also has attention, communication and pipeline bubbles, a fifth is left; the report counts it against BF16's peak, of which it is 39 %.
+# Half true. The peak is twice BF16's, and FP16's is BF16's. But there is no separate unit: the ordinary tensor cores accept FP8. The best shapes of a published product reach 69 to 78 % of that peak. And of a whole training run, which also has attention, communication and pipeline bubbles, a fifth is left; the ISCA paper counts it against BF16's peak, of which it is 39 %.
 #
 # The last line of the table is the trouble of section 3. First the numbers themselves.
 #
@@ -104,7 +104,7 @@ from dsv3_tutorial.learn.figures import number_line
 number_line.around(3.3, "e4m3")
 
 # %% [markdown] id="explore-line-text"
-# Try 0.001, 300 and 1,000 in each format. E5M2 has one more bit of exponent and one less of mantissa; INT8 has evenly spaced values and no exponent at all.
+# Try 0.0003, 300 and 1,000 in each format. The names count bits of exponent and of mantissa: E5M2 is FP8's other kind, E5M6 has twelve bits, FP16 is E5M10 and BF16 E8M7. INT8 is whole numbers, evenly spaced, without an exponent.
 
 # %% id="explore-line"
 explore(
@@ -116,7 +116,7 @@ explore(
 )
 
 # %% [markdown] id="scale-text"
-# A rounded number is off by a sixteenth at most. But only in the middle of the range: 0.0003 became zero, and 1,000 was cut to 448. A weight of 0.02 and a gradient of $10^{-7}$ both have to fit. So FP8 never stands alone: a group of numbers is divided by a common **scale** that lays its largest magnitude on 448, and the scale is kept beside them in float32.
+# A rounded number is off by a sixteenth at most. But only in the middle of the range: 0.0003 becomes zero, and 1,000 is cut to 448 (both are in the explorer). A weight of 0.02 and a gradient of $10^{-7}$ both have to fit. So FP8 never stands alone: a group of numbers is divided by a common **scale** that lays its largest magnitude on 448, and the scale is kept beside them in float32.
 #
 # Who shares a scale? DeepSeek-V3: in activations and gradients each *tile*, 128 neighbours of one token; in weights each *block* of 128 x 128. The scale is taken from the very numbers at hand ("online"), not from earlier steps.
 #
@@ -129,7 +129,7 @@ explore(
 # | `x` | (..., n) | real numbers; n is a multiple of `tile` |
 # | returns | (..., n) `float8_e4m3fn`, (..., n / tile) float32 | what is stored, and the scales |
 #
-# Compute in float32. The scale is the tile's largest magnitude over 448, so that *x is close to stored times scale*; a tile of zeros gets the scale 1. Clamp to ±448 before the cast: a quotient may come out a hair too large, and PyTorch's versions differ in what they make of that.
+# Compute in float32. The scale is the tile's largest magnitude over 448, so that *x is close to stored times scale*; a tile of zeros gets the scale 1. Clamp to ±448 before the cast: what becomes of larger numbers (448, or NaN) differs between versions of PyTorch.
 
 
 # %% id="quantize-tiles" tags=["exercise"]
@@ -166,7 +166,7 @@ for size in (1.0, 1e-3, 1e-6):
     )
 
 # %% [markdown] id="error-words"
-# With scales the error is 2.6 % whatever the size: it is the price of three mantissa bits, and no scale makes it smaller. What a scale buys is range. The smaller the group that shares one, the better it can follow the numbers; is that why DeepSeek's tiles are so small?
+# With scales the error of these random numbers is 2.6 % whatever their size: it is the price of three mantissa bits, and no scale makes it smaller. What a scale buys is range. The smaller the group that shares one, the better it can follow the numbers; is that why DeepSeek's tiles are so small?
 #
 # **Predict.** One of 262,144 numbers is an outlier a thousand times as large as the rest, and one scale serves the whole tensor. By how much are the *others* changed in E4M3, in percent?
 
@@ -184,7 +184,7 @@ tile_figures.outlier_table()
 tile_figures.outlier(1000.0, "tensor", "int8")
 
 # %% [markdown] id="outlier-words"
-# **Explain.** The claim is INT8's story. INT8 has evenly spaced values: an outlier of 1,000 makes the step 8, and everything below 4 becomes zero. E4M3 has an exponent: a value a thousand times below the largest still has all its three digits. It takes an outlier of about 100,000 to hurt. Note the other direction too: without an outlier, or with a scale a tile, INT8 is the more accurate of the two.
+# **Explain.** The claim is INT8's story. INT8 has evenly spaced values: an outlier of 1,000 makes the step 8, and everything below 4 becomes zero. E4M3 has an exponent: a value a thousand times below the largest still has all its three digits. It takes an outlier of about 100,000 to hurt. Note the other direction too: without an outlier, or with a scale a tile, INT8 is the more accurate of the two on average; in the outlier's own tile it loses everything, and E4M3 nothing.
 #
 # Find the outlier at which E4M3 with one scale starts to fail, and look at what a tile confines.
 
@@ -238,19 +238,19 @@ print(f"yours:         {relative_error(exact, block_products(*operands)):.2%}")
 print(f"the package's: {relative_error(exact, matmul(*operands)):.2%}")
 
 # %% [markdown] id="product-check-words"
-# Each operand is 2.6 % off, so the product of two is off by $\sqrt 2$ times that. Independent errors do not pile up along `k`: the sum of many products is as far off, relatively, as one of them.
+# Each operand is 2.6 % off, so the product of two is off by $\sqrt 2$ times that. For inputs around zero independent errors do not pile up along `k`: the sum of many products is as far off, relatively, as one of them.
 #
 # ### What the tensor core adds
 #
 # The errors *of the sum* are another matter. Hopper's tensor cores do not add FP8 products in float32. DeepSeek found it by measuring: the products of a group are aligned to the largest of them, and about 14 bits are kept (the later paper: 32 products, 13 bits behind the leading one). What lies below is cut off, each time, in a running sum that gets larger and larger. The report's remedy is **promotion**: every 128 products the partial sum moves to a float32 register outside the tensor core. That is the very place where your scales are multiplied in.
 #
-# **Predict.** 4,096 products of positive numbers, 13 bits kept behind the leading one, no promotion. How far off is the sum?
+# **Predict.** 4,096 products of positive numbers, evenly drawn from 0 to 1, with 13 bits kept behind the leading one and no promotion. Each group of 32 products is aligned *together with the running sum*, and what lies below is cut off. How far off is the sum?
 
 # %% id="guess-accumulator"
 predict("fp8.accumulator_error", ..., unit="%")
 
 # %% [markdown] id="measure-accumulator"
-# **Measure.** No GPU is needed: the package emulates the sum bit by bit, as the paper describes it. Errors are relative, over random E4M3 numbers.
+# **Measure.** No GPU is needed: the package emulates the sum bit by bit. The papers leave open whether the running sum is aligned along with the products or added to their finished sum. Others have measured the first for Hopper's FP16, so it is assumed here; the column `apart` is the second.
 
 # %% id="figure-accumulator"
 from dsv3_tutorial.learn.figures import accumulators
@@ -260,9 +260,9 @@ accumulators.inputs_table()
 accumulators.error_against_k()
 
 # %% [markdown] id="backward-text"
-# **Explain.** It depends on the inputs, forty times over. Positive numbers make a running sum that only grows, and the larger it is the more of each product lies below its last bit; what is cut off is always missing in the same direction. Numbers around zero make sums that stay small. The report says "nearly 2 %" and names neither its inputs nor which error it means; a normal distribution with its negatives cut off comes near it. So 2 % is no constant of the chip. What holds for all inputs: promoted every 128 products the error is 0.05 % or less, and no longer grows with `k`.
+# **Explain.** It depends on the inputs. Positive numbers make a running sum that only grows, and the larger it is the more of each product lies below its last bit. What is cut off is always missing in the same direction: a *bias*, which does not average out. Numbers around zero make sums that stay small. The report has "nearly 2 %" as the maximum for random matrices, and does not say how they were drawn; here the half-zero ones come near it. So 2 % is no constant of the chip. Promotion every 128 products brings all three down, by ten times to a hundred, and their errors no longer grow with `k`.
 #
-# This is the paper's description, computed. What a chip really does can be *probed* from outside, by adding a large number and a small one: that is the last exercise of *Further*, and `python -m dsv3_tutorial probe` on any GPU. No receipt from a GPU is here yet.
+# Is that much? Rounding the inputs to E4M3 costs 3.7 % with inputs around zero, and beside it the sum's 0.15 % is nothing. With positive inputs the roundings average out to 0.07 %, and beside that 6.6 % is everything. What a chip really does can be *probed* from outside: that is the last exercise of *Further*, and `python -m dsv3_tutorial probe` on any GPU. No receipt from a GPU is here yet.
 #
 # ## 4 · Three products, three directions
 #
@@ -318,11 +318,11 @@ print(
 )
 
 # %% [markdown] id="layer-words"
-# Three products, each about 3.7 % off: two operands of 2.6 % each. The layer differs from yours in `dW` by a trifle: it does not keep `X` itself for Wgrad but its FP8 form, with scales that are powers of two, so that tiles along the channels become tiles along the tokens without a second loss (exercise 2.7). And note what is *not* in FP8: the weight is float32, and so is its gradient.
+# Three products, each about 3.7 % off: two operands of 2.6 % each. The layer differs from yours in `dW` by a trifle: it does not keep `X` itself for Wgrad but its FP8 form, with scales that are powers of two, so that tiles along the channels become tiles along the tokens without a second loss, as long as neighbouring tokens are of similar size (exercise 2.7). And note what is *not* in FP8: the weight is float32, and so is its gradient.
 #
 # ### Who needs small tiles
 #
-# The report tried one thing more: scaling `dY` by blocks of 128 x 128 in Dgrad, like a weight. A model of 16 billion parameters *diverged* after some 300 billion tokens. The report does not know why; it suspects that gradients differ strongly from token to token. Here is a way in which that would hurt.
+# The report tried one thing more: scaling `dY` by blocks of 128 x 128 in Dgrad, like a weight. A model of 16 billion parameters, trained for some 300 billion tokens, *diverged*. The report does not know why; it suspects that gradients differ strongly from token to token. Here is a way in which that would hurt.
 #
 # ### Exercise 2.6 · Lost tokens
 #
@@ -337,48 +337,50 @@ def lost_tokens(x, y, limit=0.5): ...
 
 
 # %% [markdown] id="lost-measure"
-# **Predict**, on paper: gradients whose tokens' sizes are spread over decades, in E4M3 with one scale for the tensor, for each block, for each tile. Which of the three loses tokens, and does the matrix's error show it?
+# **Predict**, on paper: gradients whose tokens differ in size, spread over some two decades either way. Stored in E4M3 with one scale for each *block*, what share of the tokens is lost? And how much larger is the matrix's error than with tiles? (Two decades are an assumption. The second table has real gradients.)
 
 # %% id="lost-measure-code"
 from dsv3_tutorial.fp8.quant import quantize_tensor
+from dsv3_tutorial.learn.figures import gradients as gradient_figures
 
 torch.manual_seed(0)
-gradients = torch.randn(1024, 512) * 10 ** (2 * torch.randn(1024, 1))
-stored, one_scale = quantize_tensor(gradients)
+drawn = torch.randn(1024, 512) * 10 ** (2 * torch.randn(1024, 1))
+stored, one_scale = quantize_tensor(drawn)
 back = {
     "tensor": stored.float() * one_scale,
-    "block": through_blocks(gradients),
-    "tile": through_tiles(gradients),
+    "block": through_blocks(drawn),
+    "tile": through_tiles(drawn),
 }
 for scale, restored in back.items():
     print(
-        f"a scale a {scale:6}: matrix off by {relative_error(gradients, restored):.1%}, tokens lost {lost_tokens(gradients, restored):.0%}"
+        f"a scale a {scale:6}: matrix off by {relative_error(drawn, restored):.1%}, tokens lost {lost_tokens(drawn, restored):.0%}"
     )
+gradient_figures.spread_table()
 tile_figures.lost_tokens(decades=2.0)
 
 # %% [markdown] id="train-text"
-# **Explain.** The matrix error is the same for all three and says nothing: the few largest tokens make up the norm, and those come back well. Under one scale, some three tokens in four come back with more than half of them missing, most as zeros. In a block 128 tokens share a scale, and half are lost. A tile never spans two tokens, and none is lost.
+# **Explain.** The matrix error is the same for all three and says nothing: the few largest tokens make up the norm, and those come back well. Under one scale, most tokens come back with more than half of them missing, nearly all as zeros. In a block 128 tokens share a scale, and about half are lost. A tile along the channels never spans two tokens, and none is lost. (Wgrad's tiles span 128 tokens; but it sums over them, and quiet ones hardly count there.)
 #
-# So the outlier that FP8 fears is not a value but a *token*. Is that why the large model diverged? Nobody has shown it. The spread of two decades is our assumption, and a lost token is a candidate, not a proof.
+# So what FP8 has to fear may be not an outlying value but an outlying *token*. Is that why the large model diverged? Nobody has shown it: a lost token is a candidate, not a proof, and two decades were our assumption. The second table has real gradients, of the small model of section 5 in its first hundred steps. Their tokens spread over a quarter to half a decade. Tiles lose none of them; blocks and a scale for the whole tensor lose half a percent at most, and those tokens are a hundred thousand times smaller than the others: next to nothing is lost. So *at this size small tiles are not needed*; whether a large model needs them only a large model can say. What does lose tokens here is one constant for all gradients (columns 2^-10 and 2^-16).
 #
 # ## 5 · Train
 #
-# The package trains whole models this way: `python -m dsv3_tutorial train --precision fp8`. The linear layers of attention, MLP and experts compute in FP8. Embedding, head, gate, norms and the attention operator stay in BF16; the weights that the optimizer updates stay float32, and so does the sum of their gradients; the optimizer's two moments are BF16.
+# The package trains whole models so: `python -m dsv3_tutorial train --precision fp8`. The linear layers of attention, MLP and experts compute in FP8. Embedding, head, gate, norms and the attention operator stay in BF16; the weights that the optimizer updates and the sum of their gradients are float32, its two moments BF16.
 #
 # Four ways to train a small model (2.1 million parameters, latent attention and experts), with the same first weights and the same text in the same order:
 #
 # - `bf16`: everything in BF16;
 # - `fp8`: V3's recipe, tiles and blocks;
 # - `fp8-tensor`: FP8 with one scale for each tensor;
-# - `fp8, one loss scale`: gradients are not measured at all; the loss is multiplied by 1,024 and they are cast as they come, as was usual with FP16. This one is broken on purpose.
+# - `fp8, one loss scale`: as `fp8`, but no gradient is measured: all are multiplied by 1,024 and cast as they come, which is how FP16 was trained.
 #
-# **Predict.** You will first train all four side by side for as long as you have time (on paper: how many of the three FP8 curves will you tell from `bf16`?), and then see recorded runs of 500 steps with several seeds. In how many of the three does the recorded loss differ from BF16's by more than three times the error of the difference?
+# **Predict.** You will first train all four side by side for as long as you have time (on paper: how many of the three FP8 curves will you tell from `bf16`?), and then see recorded runs of 500 steps with several seeds. In how many of the three does the recorded loss differ from BF16's by more than three times the error of the difference (more, where there are few pairs)?
 
 # %% id="guess-told-apart"
 predict("fp8.told_apart", ..., options=[0, 1, 2, 3])
 
 # %% [markdown] id="live-text"
-# *Said first: on a CPU FP8 is emulated. It computes the same bits as the hardware would, apart from the order of the sums, and takes two to three times as long as BF16. This cell shows what FP8 does to a loss and nothing about speed.*
+# *Said first: on a CPU FP8 is emulated. The eight-bit operands are those that the hardware would have; their products are summed in float32, so Hopper's 14 bits are not in these runs. It takes two to three times as long as BF16. In 45 seconds four models make some twenty steps, and the first parting of ways is at about fifty.*
 
 # %% id="live-train" tags=["live", "nbval-ignore-output"]
 from dsv3_tutorial.bench import precision as precision_bench
@@ -388,7 +390,7 @@ rows = list(precision_bench.live(seconds=live_seconds()))
 precision_runs.live(rows)
 
 # %% [markdown] id="receipt-text"
-# In so few steps the loss falls in all of them, and what the curves differ by is noise: that you could not tell them apart is no evidence that they are alike. The recorded runs have 500 steps. First: what would *one pair* of short runs have told, with this seed or that?
+# That curves lie together so early is no evidence that they are alike. The recorded runs have 500 steps. First: what would *one pair* of short runs have told, with this seed or that?
 
 # %% id="figure-pairs"
 from dsv3_tutorial.learn.figures import precision_runs
@@ -396,20 +398,23 @@ from dsv3_tutorial.learn.figures import precision_runs
 precision_runs.short_pairs()
 
 # %% [markdown] id="pairs-words"
-# Each line is one seed: the loss of `fp8` over that of `bf16`, batch by batch on the same text. Whoever runs one pair gets one of these lines, and its sign is chance. Rounding sends two runs apart as a different seed would. So a difference has to be averaged over the end of a run, and over pairs of several seeds, and it needs its standard error:
+# Each line is one seed: the loss of `fp8` over that of `bf16`, batch by batch on the same text. Whoever runs one pair gets one of these lines, and reads its end as the price of FP8. So a difference has to be averaged over the end of a run and over pairs of several seeds, and it needs its standard error:
 
 # %% id="figure-paired"
-pairs = precision_runs.pairs()
-reveal("fp8.told_apart", sum(abs(each.mean) > 3 * each.error for each in pairs.values()))
+reveal("fp8.told_apart", precision_runs.told_apart())
 precision_runs.precision_table()
+print()
+gradient_figures.zeroed_table()
 precision_runs.curves()
 
 # %% [markdown] id="paired-words"
-# **Explain.** The one loss scale is beyond doubt, and not at once: for its first sixty steps it goes with the others. Then gradients get smaller, E4M3 without a measured scale rounds more and more of them to zero, and the loss turns up. V3's recipe and one scale for each tensor differ from BF16 by no more than their errors. At this size and length *nothing separates the two*: this run does not show that tiles are needed, nor that they are not. What it shows is that the recipe costs less than such a run can see, and how little that is: the error in the table. The report's 0.25 % was measured on models of 16 and 230 billion parameters over a trillion tokens.
+# **Explain.** The one loss scale was broken on purpose. It is beyond doubt, and not at once: the second table has the cause. Gradients shrink as a model learns, and with the constant of $2^{-10}$ half of their values become zero by step 10 and seven in ten by step 100. A larger constant would have held longer; a measured scale needs no guess.
+#
+# V3's recipe and one scale for each tensor lie within what chance does: `float32` against `bf16`, where nothing should differ, is the null. "Undecided" is the honest word. This run cannot exclude a difference of a percent or two, because rounding alone sends runs this far apart; the report's 0.25 % was measured on models of 16 and 230 billion parameters over about a trillion tokens. (The pairs compare whole recipes: with FP8 the moments are BF16 too.) Even `bf16, no masters`, a run whose protected part is *not* protected (no float32 weights behind the BF16 ones), has to be read so.
 #
 # ## 6 · Other formats, on real tensors
 #
-# Errors on random numbers are one thing. Here are tensors of the model that this course trained (`data/checkpoints/small`): inputs of linear layers, tokens on their way to experts, and the latents that attention caches.
+# Errors on random numbers are one thing. Here are tensors of the model that this course trained (`data/checkpoints/small`): what enters its linear layers, the tokens that are sent to experts ("dispatched"), and the latents that attention keeps of each token (lesson 1). Two formats are new: MXFP8 has a scale, a power of two, for each 32 numbers, and LogFMT stores a logarithm in even steps (*Further*).
 
 # %% id="figure-formats"
 from dsv3_tutorial.learn.figures import formats_compared
@@ -418,7 +423,7 @@ formats_compared.formats_table()
 formats_compared.on_real_tensors()
 
 # %% [markdown] id="formats-words"
-# At equal bits, INT8 in tiles is three times as accurate as E4M3 on these tensors, and LogFMT nearly twice. E4M3 is not in use for its accuracy. It is the format that Hopper's tensor cores multiply with sums in floating point, and its range forgives a group whose numbers differ by thousands. MXFP8 shares its scale among 32 numbers, rounded to a power of two: closer groups, coarser scales, and on these tensors the worse bargain.
+# At equal bits, INT8 in tiles is three times as accurate as E4M3 on these tensors, and LogFMT nearly twice. E4M3 is not in use for its accuracy: Hopper multiplies it with sums in floating point, and its range forgives a group whose numbers differ by thousands. MXFP8 shares a power of two among 32 numbers: closer groups, coarser scales. The standard rounds that scale down and lets the largest numbers saturate; rounded up, as NVIDIA does, it comes near E4M3 in tiles.
 #
 # **Claim check.** *"Quantise weights to symmetric INT8"*: a sound way to serve a model, and not what V3 does; it trains and ships E4M3 in blocks. INT8 in tiles would be the more accurate storage here. What it lacks is range within a group, and on Hopper it would not be faster. (Two more claims, on loss scaling and FP16, are in *Further*.)
 #
@@ -440,11 +445,11 @@ reveal("fp8.breakeven", round(precision.breakeven_width(chip("h800"))))
 fp8_map.speed_map()
 
 # %% [markdown] id="map-words"
-# Left, the products alone: 2x almost everywhere (the peaks say so). Right, with the pass that quantises the input: a value costs the same 3 bytes of traffic however many outputs use it, so narrow layers lose what wide ones gain. The projection to V3's latent (576 outputs) is slower in FP8 from 512 tokens on, unless the quantisation is fused into what comes before it, or shared: V3's two projections of the same input share it. All of this is *derived* from peaks and bandwidths. Published kernels reach 69 to 78 % of the FP8 peak, and a Hopper receipt of ours awaits a GPU (`make bench`).
+# Left, the products alone: 2x almost everywhere, because the peaks say so; the sixth and seventh row have short sums, and writing the BF16 result takes much of their time. Right, with the pass that quantises the input: a value costs the same 3 bytes of traffic however many outputs use it, so narrow layers lose what wide ones gain. The projection to V3's latent (576 outputs) is slower in FP8 from 512 tokens on, unless the quantisation is fused into what comes before it, or shared: V3's two projections of the same input share it. All of this is *derived* from peaks and bandwidths. Published kernels reach 30 to 78 % of the FP8 peak, by shape, and a Hopper receipt of ours awaits a GPU (`make bench`). This map is for the forward pass; training quantises `X` and `dY` in two layouts, and expert up comes down from 2x to 1.6x.
 #
 # ## 8 · The paper
 #
-# Each row is computed by the code of this lesson and held against what is printed.
+# What the papers print, where they do, beside what this package counts.
 
 # %% id="paper"
 from dsv3_tutorial.learn.figures import fp8_tables
@@ -453,13 +458,13 @@ fp8_tables.bytes_table()
 fp8_tables.hopper_and_blackwell()
 
 # %% [markdown] id="paper-words"
-# The scales cost next to nothing for weights and three percent for activations. With them, FP8 dispatch saves 48.4 % of the bytes, not the 50 % that is printed.
+# The scales cost next to nothing for weights and three percent for activations. With them, sending a token to an expert in FP8 saves 48.4 % of BF16's bytes, where the papers say half.
 #
 # The paper asks hardware for two things: sums of more bits, and tensor cores that take the scales themselves. Blackwell's take one scale for 32 numbers. Your exercise 2.4 is what they make unnecessary.
 #
 # **Takeaways.**
 #
-# - E4M3 has three digits and a wide range. Its error of 2.6 % is the same for every tensor that fits; scales see to the fitting.
+# - E4M3 has three digits and a wide range. Its error, some 2.6 %, does not depend on a tensor's size; scales see to that.
 # - Scales go with the axis that is summed. That is why training quantises activations and gradients twice.
 # - A sum of 14 bits is harmless if it is short. Promotion and scales happen at the same place.
 # - A matrix error can be blind to lost tokens. Measure what can move.
@@ -476,13 +481,19 @@ progress()
 #
 # ### How far a format reaches
 #
-# The largest rounding error against a number's size, when a scale lays the largest number of a group on the format's largest value:
+# A scale lays the largest number of a group on the format's largest value. How many times smaller may another one be, and still be off by a sixteenth at most, or an eighth?
 
-# %% id="figure-spacing"
-number_line.spacing_by_magnitude()
+# %% id="reach"
+for fmt in ("int8", "e4m3", "e5m2"):
+    found = [
+        f"{error:.1%}: {number_line.reach(fmt, error):>12,.0f}"
+        for error in (1 / 16, 1 / 8)
+        if fmt != "e5m2" or error > 0.1
+    ]
+    print(f"{fmt.upper()}  {'   '.join(found)}")
 
-# %% [markdown] id="figure-spacing-words"
-# INT8 is the finest near the top and errs more with every step down. E4M3 errs by a sixteenth at most for all that is no more than 28,672 times smaller than the largest. So for numbers of one size INT8 is better, and for numbers of many sizes E4M3. E5M2 reaches further still at half the accuracy; V3 does without it, because tiles make its range unnecessary.
+# %% [markdown] id="reach-words"
+# INT8 is the finest near the top and errs more with every step down; E4M3 keeps its error over four decades. So for numbers of one size INT8 is better, and for numbers of many sizes E4M3. E5M2 reaches further still at half the accuracy; V3 does without it, because tiles make its range unnecessary.
 
 # %% [markdown] id="explore-roofline-text"
 # ### The roofline, to move
@@ -707,13 +718,16 @@ for name, values in {
     "normal": torch.randn(64, 128),
     "six decades": 10 ** (6 * torch.rand(64, 128)),
 }.items():
-    back = logfmt.decode(*logfmt.encode(values, bits=8), bits=8)
-    print(
-        f"{name:12} LogFMT-8 {relative_error(values, back):.2%}   E4M3 {relative_error(values, through_tiles(values)):.2%}"
-    )
+    forms = {"LogFMT-8": logfmt.decode(*logfmt.encode(values, bits=8), bits=8)}
+    forms["E4M3"] = through_tiles(values)
+    for form, back in forms.items():
+        worst = ((back - values).abs() / values.abs()).max().item()
+        print(
+            f"{name:12} {form:9} by the norm {relative_error(values, back):.2%}, worst number {worst:.0%}"
+        )
 
 # %% [markdown] id="logfmt-words"
-# On numbers of one size LogFMT is sixteen times as accurate, on normal ones nearly twice; over six decades its steps are as coarse as E4M3's, and it loses. The paper finds it better than E4M3 and E5M2 for training at eight bits. It was not deployed: encoding and decoding, a logarithm and an exponential a number, would have cost 50 to 100 % more time even when fused, and no tensor core multiplies it.
+# On numbers of one size LogFMT is sixteen times as accurate, on normal ones nearly twice. Over six decades E4M3 wins by the norm, and only by the norm: the last column says that it lost the small numbers, which LogFMT never does. The paper tried it on the sums that experts send back, in models of about 7 billion parameters, and found it better than E4M3 and E5M2 at eight bits. It was not deployed: encoding and decoding, a logarithm and an exponential a number, would have cost 50 to 100 % more time even when fused, and no tensor core multiplies it.
 #
 # ### Delayed scaling
 #
@@ -735,7 +749,7 @@ for step in range(6):
 # %% [markdown] id="detective-text"
 # ### Silicon detective
 #
-# Nobody published how wide Hopper's FP8 sum is. It was found from outside: add a large number and a small one, take the large one away, and see what is left of the small one.
+# NVIDIA does not say how wide Hopper's FP8 sum is. DeepSeek found it from outside: add a large number and a small one, take the large one away, and see what is left of the small one.
 
 # %% id="figure-fading"
 accumulators.fading_term()
@@ -752,9 +766,9 @@ accumulators.fading_term()
 # | | | |
 # |---|---|---|
 # | `bits` | 8 to 20 | kept behind the leading one |
-# | `rounding` | `"truncate"`, `"nearest"` | of what lies below |
+# | `rounding` | `"truncate"`, `"nearest"` | of what lies below; a tie goes to even |
 # | `group` | 4, 8, ... 128 | products that are aligned to their largest and added at once |
-# | `joint` | `True`, `False` | whether the running sum is aligned along with them |
+# | `joint` | `True`, `False` | whether the running sum is aligned along with them; if not, the group is summed first, and its sum is then aligned with the running one |
 # | `promote` | `None`, 128, 256, ... 8192 | products after which the sum moves to float32 |
 #
 # Powers of two from $2^{-12}$ to $2^{16}$ are safe terms. A miss is answered with a sum that tells your answer from the engine. The hints go from one property to the next.
@@ -783,7 +797,7 @@ hopper = Chip(lambda a, b: matmul_emulated(a, b, HOPPER))
 print("Hopper, emulated:", identify(hopper) == HOPPER)
 
 # %% [markdown] id="detective-words"
-# Some engines cannot be told apart by any sum of E4M3 products; `twins()` lists them, and either name counts. On a GPU, `python -m dsv3_tutorial probe` asks the real tensor cores the same questions and keeps a receipt; the H100's awaits a machine.
+# Some engines cannot be told apart by any such sum: promotion after 8,192 looks like never, and where every group is promoted nothing is left to align. `twins()` lists them, and either name counts. On a GPU, `python -m dsv3_tutorial probe` asks the real tensor cores the same questions and keeps a receipt; the H100's awaits a machine.
 #
 # ### Train it yourself
 #

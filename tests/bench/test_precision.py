@@ -9,7 +9,7 @@ import torch
 from dsv3_tutorial import __main__ as cli
 from dsv3_tutorial import receipts
 from dsv3_tutorial.bench import precision
-from dsv3_tutorial.bench.precision_pairs import paired
+from dsv3_tutorial.bench.precision_pairs import PROMISE, apart, by_chance, factor, paired
 from dsv3_tutorial.fp8.linear import Fp8Linear
 from dsv3_tutorial.moe.gate import Gate
 from dsv3_tutorial.train import corpus
@@ -174,6 +174,69 @@ def test_a_difference_is_relative_and_paired_by_seed_with_its_standard_error():
 )
 def test_the_verdict_allows_a_quarter_percent_and_two_standard_errors(differences, within):
     assert pairs_of(*differences).within is within
+
+
+# Student's t, two-sided, at 0.27 % and 4.55 %: for one and two degrees of freedom in closed form.
+@pytest.mark.parametrize("errors", [2, 3])
+def test_few_pairs_ask_for_as_many_errors_as_students_distribution_says(errors):
+    inside = math.erf(errors / math.sqrt(2))
+    assert factor(1, errors) == math.inf
+    assert factor(2, errors) == pytest.approx(math.tan(math.pi * inside / 2))
+    assert factor(3, errors) == pytest.approx(inside * math.sqrt(2 / (1 - inside**2)))
+    assert factor(2000, errors) == pytest.approx(errors, rel=0.01)
+    many = [factor(pairs, errors) for pairs in range(2, 40)]
+    assert many == sorted(many, reverse=True)
+
+
+def test_three_errors_of_few_pairs_are_exceeded_by_chance_as_rarely_as_of_many():
+    for pairs, expected in {4: 9.219, 5: 6.620, 6: 5.507, 8: 4.530, 30: 3.280}.items():
+        assert factor(pairs, 3) == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    "differences, verdict",
+    [
+        ((0.001, 0.0011, 0.0009), "within 0.25%"),
+        ((0.0030, 0.0031, 0.0029), "differs"),
+        ((0.0, 0.01, 0.002), "undecided: a difference of up to 1.78% cannot be excluded"),
+        ((0.83, 0.74), "undecided: a difference of up to 141.35% cannot be excluded"),
+        ((0.83, 0.74, 0.83), "differs"),
+        ((0.004,), "one pair: no error"),
+        ((0.0, 0.0), "within 0.25%"),
+    ],
+)
+def test_the_verdict_is_harder_to_meet_the_noisier_the_runs(differences, verdict):
+    found = pairs_of(*differences)
+    low, high = found.interval
+    if len(differences) > 1:
+        reach = factor(len(differences), 2) * found.error
+        assert (low, high) == pytest.approx((found.mean - reach, found.mean + reach))
+        inside = max(abs(low), abs(high)) <= PROMISE
+        assert inside or not verdict.startswith("within")
+    if verdict == "within 0.25%" and found.error:
+        assert not found.differs()
+    assert found.verdict() == verdict
+
+
+def test_large_differences_are_told_by_two_pairs_and_by_one_against_the_spread_of_fp8():
+    values = {"fp8": (0.001, -0.002, 0.004), "fp8, one loss scale": (0.83, 0.74)}
+    base = [receipt("bf16", seed, 2.0) for seed in range(3)]
+
+    def compared(values):
+        made = [receipt(v, s, 2 * (1 + d)) for v, ds in values.items() for s, d in enumerate(ds)]
+        return paired(base + made)
+
+    known = compared(values)
+    assert by_chance(known) == pytest.approx(factor(3, 3) * 0.003)
+    assert apart(known) == ["fp8, one loss scale"]
+    assert known["fp8, one loss scale"].verdict(by_chance(known)) == "differs"
+    one = compared({**values, "fp8, one loss scale": (0.83,)})
+    assert apart(one) == ["fp8, one loss scale"]
+    assert "beyond what fp8's pairs" in one["fp8, one loss scale"].verdict(by_chance(one))
+    either_side = compared({**values, "fp8, one loss scale": (0.83, -0.74)})
+    assert apart(either_side) == []
+    assert apart(compared({"fp8, one loss scale": (0.83, 0.74)})) == []  # no spread is known
+    assert by_chance({}) == math.inf
 
 
 def test_one_pair_has_no_error_and_no_verdict():

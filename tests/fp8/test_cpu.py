@@ -9,6 +9,7 @@ from dsv3_tutorial.fp8 import cpu, gemm, quant
 from dsv3_tutorial.fp8.quant import QuantizationError
 
 E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(torch.float32).max
 sides = st.integers(1, 300)
 seeds = st.integers(0, 999)
 
@@ -40,8 +41,8 @@ def plain_blocks(w, pow2=False, block=(128, 128)):
 
 
 def restored(codes, scale):
-    """What the codes stand for, by torch's own cast."""
-    return codes.float() * gemm.spread(scale, codes.shape)
+    """What the codes stand for, by torch's own cast, and never beyond float32."""
+    return (codes.float() * gemm.spread(scale, codes.shape)).clamp(-LARGEST, LARGEST)
 
 
 # Rounding
@@ -90,11 +91,28 @@ def test_other_sizes_of_tiles_and_blocks_are_bit_equal_too(seed, tile, block):
 
 @pytest.mark.parametrize("pow2", [False, True])
 def test_sizes_at_the_ends_of_float32_come_back_as_the_definition_says(pow2):
-    sizes = torch.tensor([3e38, 3.3e38, 1e30, 1e-9, 1e-30, 1e-37, 1e-38, 1e-40, 1e-45, 0.0])
+    sizes = torch.tensor(
+        [LARGEST, 3e38, 3.3e38, 1e30, 1e-9, 1e-30, 1e-37, 1e-38, 1e-40, 1e-45, 0.0]
+    )
     x = matrix(len(sizes), 256, 0, 1.0).clamp(-1, 1) * sizes[:, None]
     assert same(cpu.round_trip_tiles(x, pow2), plain_tiles(x, pow2))
     codes, scale = quant.quantize_tiles(x, pow2)
     assert same(cpu.dequantize(codes, scale), restored(codes, scale))
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_float32_s_largest_under_a_power_of_two_comes_back_as_itself(axis):
+    x = torch.ones(256, 256)
+    x[7, 130], x[8, 131] = LARGEST, -LARGEST
+    back = cpu.round_trip_tiles(x, pow2=True, axis=axis)
+    assert same(back, plain_tiles(x.T.contiguous(), True).T if axis == -2 else plain_tiles(x, True))
+    assert back[7, 130] == LARGEST and back[8, 131] == -LARGEST and back.isfinite().all()
+    half = cpu.round_trip_tiles(x, pow2=True, axis=axis, dtype=torch.bfloat16)
+    assert half[7, 130] == torch.finfo(torch.bfloat16).max and half.isfinite().all()
+    values, codes, scale = cpu.round_trip_kept(x, (1, 128), True)
+    assert same(cpu.dequantize(codes, scale), values) and scale[7, 1] == 2.0**120
+    assert cpu.dequantize(codes, scale, torch.bfloat16).isfinite().all()
+    assert same(cpu.round_trip_blocks(x, True), plain_blocks(x, True))
 
 
 def test_more_values_than_fit_one_chunk_are_cut_where_no_part_is(monkeypatch):
@@ -278,6 +296,7 @@ def test_bfloat16_operands_give_the_float32_product_rounded_once():
         (cpu.round_trip_tiles, torch.ones(4, 128, dtype=torch.int32)),
         (cpu.round_trip_tiles, torch.tensor(1.0)),
         (cpu.round_trip_tiles, torch.ones(4, 0)),
+        (cpu.round_trip_tiles, torch.ones(4, 128).to(E4M3)),
         (cpu.round_trip_blocks, torch.ones(128)),
         (cpu.round_trip_blocks, torch.ones(0, 128)),
         (cpu.round_trip_kept, torch.ones(128)),
@@ -287,6 +306,14 @@ def test_bfloat16_operands_give_the_float32_product_rounded_once():
 def test_what_has_no_parts_of_real_numbers_is_refused(call, x):
     with pytest.raises(QuantizationError, match="cannot be cut into parts"):
         call(x)
+
+
+@pytest.mark.parametrize("tile", [0, -1, 2.5])
+def test_a_tile_of_no_whole_number_of_values_is_refused(tile):
+    with pytest.raises(QuantizationError, match="holds no whole number"):
+        cpu.round_trip_tiles(torch.ones(4, 128), tile=tile)
+    with pytest.raises(QuantizationError, match="holds no whole number"):
+        cpu.round_trip_blocks(torch.ones(4, 128), block=(4, tile))
 
 
 def test_an_axis_that_no_product_sums_over_is_refused():

@@ -103,6 +103,21 @@ def test_a_third_dtype_out_and_two_ways_to_sum_are_refused():
         matmul(*a, *b, core=HOPPER, backend="scaled_mm")
 
 
+@pytest.mark.parametrize("core", [1, "hopper", 13.0, False, TensorCore])
+def test_a_core_that_is_none_is_refused(core):
+    a, b = operands(16, 16, 128, "tile", "tile")
+    with pytest.raises(GemmError, match=r"is no tensor core: nothing says.*Pass a TensorCore"):
+        matmul(*a, *b, core=core)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_float32_s_largest_under_a_power_of_two_is_restored_finite(part):
+    largest = torch.finfo(torch.float32).max
+    x = torch.ones(130, 200)
+    x[3, 5] = -largest
+    assert dequantize(*quantized(x, part, pow2=True).kept)[3, 5] == -largest
+
+
 def test_a_kernel_cannot_be_forced_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     a, b = operands(16, 16, 128, "tile", "tile")

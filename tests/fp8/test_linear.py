@@ -147,6 +147,84 @@ def test_the_modules_gradient_stays_float32_whatever_the_input_is():
     assert layer.weight.grad.dtype == torch.float32 and layer.bias.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("cache", ["e4m3", "e5m6"])
+def test_float16_and_float64_are_float32_s_results_rounded_to_them(dtype, cache):
+    x, w, dy = tensors(24, 40, 96)
+    other = torch.randn(40, 96, requires_grad=True)
+    given = x.detach().to(dtype).requires_grad_()
+    dy = dy.to(dtype)
+    found = fp8_linear(given, w, cache=cache)
+    wanted = fp8_linear(given.detach().float().requires_grad_(), w, cache=cache)
+    assert found[0].dtype == dtype and torch.equal(found[0], wanted[0].to(dtype))
+    dx, dw = torch.autograd.grad(found, (given, w), [dy])
+    alike = given.detach().float().requires_grad_()
+    exact_dx, exact_dw = torch.autograd.grad(
+        fp8_linear(alike, w, cache=cache), (alike, w), [dy.float()]
+    )
+    assert dx.dtype == dtype and torch.equal(dx, exact_dx.to(dtype))
+    assert dw.dtype == torch.float32 and torch.equal(dw, exact_dw)
+    out = swiglu_linear(given, given, other)
+    assert out.dtype == dtype and torch.autograd.grad(out, given, dy)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_a_module_cast_whole_keeps_its_dtype_to_the_end(dtype):
+    layer = Fp8Linear(96, 40).to(dtype)
+    x = torch.randn(2, 3, 96, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    kinds = {t.dtype for t in (y, x.grad, layer.weight.grad, layer.bias.grad)}
+    assert kinds == {dtype} and relative(y, F.linear(x, layer.weight, layer.bias)) < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lead", [(0,), (0, 5), (3, 0)])
+def test_no_tokens_give_nothing_and_gradients_of_zero_as_nn_linear_does(lead, dtype):
+    layer = Fp8Linear(96, 40)
+    x = torch.empty(*lead, 96, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*lead, 40) and y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.weight.grad.shape == (40, 96) and not layer.weight.grad.any()
+    assert not layer.bias.grad.any()
+    gate, up = (torch.empty(*lead, 96, dtype=dtype, requires_grad=True) for _ in range(2))
+    w = torch.randn(40, 96, requires_grad=True)
+    out = swiglu_linear(gate, up, w)
+    assert out.shape == (*lead, 40) and out.dtype == dtype
+    out.sum().backward()
+    assert gate.grad.shape == up.grad.shape == gate.shape
+    assert w.grad.shape == w.shape and not w.grad.any()
+
+
+def test_one_token_without_a_batch_is_taken():
+    layer, x = Fp8Linear(96, 40), torch.randn(96)
+    assert torch.equal(layer(x), layer(x[None])[0])
+    assert torch.equal(
+        swiglu_linear(x, x, layer.weight), swiglu_linear(x[None], x[None], layer.weight)[0]
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 95), (0, 95), (96, 5), (95,), ()])
+def test_an_input_of_another_width_is_refused_with_both_sizes(shape):
+    x, k = torch.ones(shape), shape[-1] if shape else "none"
+    with pytest.raises(ValueError, match=rf"these are {k} and 96\. There is no.*Give x"):
+        Fp8Linear(96, 40)(x)
+    with pytest.raises(ValueError, match=rf"^gate.*these are {k} and 96"):
+        swiglu_linear(x, x, torch.ones(40, 96))
+
+
+def test_operands_that_do_not_fit_each_other_are_refused():
+    w = torch.ones(40, 96)
+    with pytest.raises(ValueError, match=r"gate is \(5, 96\) and up \(4, 96\)"):
+        swiglu_linear(torch.ones(5, 96), torch.ones(4, 96), w)
+    with pytest.raises(ValueError, match="these are 96 and 7"):
+        fp8_linear(torch.ones(5, 96), w, torch.ones(40, 7))
+    with pytest.raises(ValueError, match="with k at least 1"):
+        fp8_linear(torch.ones(5, 0), torch.ones(40, 0))
+
+
 def test_a_layer_taken_over_shares_its_parameters_and_names():
     linear = nn.Linear(64, 32)
     made = Fp8Linear.of(linear)
@@ -182,5 +260,8 @@ def test_a_part_that_does_not_exist_is_refused():
         Scaling(x="column")
     with pytest.raises(ValueError, match="Choose 'block' or 'tensor'"):
         Scaling(w="tile")
+    for constant in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^scale="):
+            Scaling(grad_scale=constant)
     with pytest.raises(ValueError, match="nothing would be kept"):
         Fp8Linear(8, 8, cache="bf16")

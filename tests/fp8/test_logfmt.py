@@ -168,10 +168,12 @@ def test_what_has_no_tiles_is_refused(x):
         encode(x)
 
 
-@pytest.mark.parametrize("bits", [2, 16])
+@pytest.mark.parametrize("bits", [2, 16, 8.5, 8.0, "8", None])
 def test_widths_without_a_step_or_a_code_are_refused(bits):
     with pytest.raises(QuantizationError, match="Give 3 to 15"):
         encode(torch.ones(4), bits)
+    with pytest.raises(QuantizationError, match="Give 3 to 15"):
+        decode(*encode(torch.ones(4)), bits)
 
 
 def test_codes_of_another_width_and_ranges_of_other_tiles_are_refused():

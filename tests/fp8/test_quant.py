@@ -142,7 +142,22 @@ def test_a_value_that_no_scale_brings_back_is_refused(value):
         quantize_blocks(w)
 
 
-@pytest.mark.parametrize("w", [torch.ones(5), torch.ones(2, 2, dtype=torch.int64)], ids=str)
+def test_a_finite_float64_beyond_float32_is_refused():
+    with pytest.raises(QuantizationError, match="beyond float32"):
+        quantize_blocks(torch.full((3, 3), 1e300, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("block", [(0, 128), (128, -1), (1.5, 4)])
+def test_a_block_without_a_whole_number_of_values_is_refused(block):
+    with pytest.raises(QuantizationError, match="holds no whole number"):
+        quantize_blocks(torch.ones(4, 4), block)
+    with pytest.raises(QuantizationError, match="holds no whole number"):
+        dequantize_blocks(*quantize_blocks(torch.ones(4, 4)), block=block)
+
+
+@pytest.mark.parametrize(
+    "w", [torch.ones(2, 2).to(E4M3), torch.ones(5), torch.ones(2, 2, dtype=torch.int64)], ids=str
+)
 def test_what_has_no_blocks_is_refused(w):
     with pytest.raises(QuantizationError, match="cannot be cut into parts of real numbers"):
         quantize_blocks(w)

@@ -152,11 +152,55 @@ def test_rows_and_tensors_have_one_scale_each():
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.ones(4, dtype=torch.int32), torch.tensor(1.0), torch.ones(3, 0)]
+    "bad",
+    [
+        torch.ones(4, dtype=torch.int32),
+        torch.tensor(1.0),
+        torch.ones(3, 0),
+        torch.ones(4, 128).to(torch.float8_e4m3fn),
+        torch.ones(4, 128).to(torch.float8_e5m2),
+    ],
 )
 def test_what_has_no_tiles_is_refused(bad):
     with pytest.raises(QuantizationError, match="Give a floating-point vector"):
         quant.quantize_tiles(bad)
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("n", [256, 200])
+def test_float32_s_largest_comes_back_as_itself_under_a_power_of_two(n):
+    """256 of 2^120 would be 2^128; codes and scales stay those of the definition."""
+    x = torch.full((2, n), 1.0)
+    x[0, :3] = torch.tensor([LARGEST, -LARGEST, 1.9 * 2.0**127])
+    x[1, :2] = torch.tensor([1.75, -1.75]) * 2.0**127  # 448 * 2^119: no clamp is needed
+    stored, scale = quant.quantize_tiles(x, pow2=True)
+    assert scale[:, 0].tolist() == [2.0**120, 2.0**119]
+    assert stored[0, :3].float().tolist() == [256, -256, 240]
+    back = quant.dequantize_tiles(stored, scale)
+    assert back[0, :3].tolist() == [LARGEST, -LARGEST, 240 * 2.0**120]
+    assert back[1, :2].tolist() == x[1, :2].tolist() and back.isfinite().all()
+    half = quant.dequantize_tiles(stored, scale, torch.bfloat16)
+    assert half[0, :2].tolist() == [torch.finfo(torch.bfloat16).max * s for s in (1, -1)]
+    blocks = quant.quantize_blocks(x, pow2=True)
+    assert blocks[1][0, 0] == 2.0**120
+    assert quant.dequantize_blocks(*blocks)[0, :2].tolist() == [LARGEST, -LARGEST]
+
+
+def test_float32_s_largest_is_exact_under_a_scale_of_its_own():
+    x = torch.tensor([LARGEST, -LARGEST, torch.tensor(LARGEST).nextafter(torch.tensor(0.0)).item()])
+    for size in x:
+        stored, scale = quant.quantize_tiles(size[None])
+        assert (stored.float() * scale).isfinite().all()
+    assert quant.dequantize_tiles(*quant.quantize_tiles(x))[:2].tolist() == [LARGEST, -LARGEST]
+
+
+def test_nan_is_not_clamped_away_beside_a_scale_that_clamps():
+    x = torch.full((2, 128), LARGEST)
+    x[1, 0] = torch.nan
+    back = quant.dequantize_tiles(*quant.quantize_tiles(x, pow2=True, checked=False))
+    assert (back[0] == LARGEST).all() and back[1].isnan().all()
 
 
 def test_scales_of_another_shape_are_refused():

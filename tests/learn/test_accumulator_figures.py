@@ -4,13 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from dsv3_tutorial.learn.figures import accumulators
 from dsv3_tutorial.learn.figures.accumulators import error
 
 DRAWN = {
-    "6.6% or 0.15%, as the inputs are; promoted every 128, 0.05% or less": (
+    "6.6% or 0.15%, as the inputs are; promoted every 128, 0.05% or less on these inputs": (
         accumulators.error_against_k
     ),
     "131 times as exact on positive inputs and 12 times": accumulators.error_against_promotion,
@@ -67,16 +68,27 @@ def test_the_small_term_vanishes_between_13_and_14_and_rounds_up_above_a_half():
     assert [part for part, left in nearest.items() if left] == [0.625, 0.75, 0.875, 1.0]
 
 
-def test_the_table_shows_one_accumulator_and_three_errors(capsys):
+def test_the_table_shows_one_accumulator_and_both_errors_with_and_without_promotion(capsys):
     accumulators.inputs_table()
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert "largest of a result" in header
+    over, heads, *rows = capsys.readouterr().out.splitlines()
+    assert over.startswith("4,096 products") and over.endswith("promoted every 128")
+    assert heads.split() == ["inputs", "norm", "largest", "norm", "norm", "largest"]
     found = [[cell for cell in row.split() if cell.endswith("%")] for row in rows]
     assert found == [
-        ["6.6%", "6.9%", "0.05%"],
-        ["1.5%", "1.8%", "0.0094%"],
-        ["0.15%", "5.9%", "0.013%"],
+        ["6.6%", "6.9%", "0.26%", "0.05%", "0.058%"],
+        ["1.5%", "1.8%", "0.29%", "0.0094%", "0.013%"],
+        ["0.15%", "5.9%", "0.05%", "0.013%", "2.4%"],
+        ["3%", "4.2%", "0.34%", "0.13%", "0.22%"],
+        *([], [], []),
     ]
+
+
+def test_heavy_tailed_inputs_are_e4m3_values_and_stand_in_no_figure():
+    a, b = accumulators._inputs(accumulators.HEAVY, 256)
+    for x in (a, b):
+        assert x.max() == 448 and torch.equal(x.to(torch.float8_e4m3fn).float(), x)
+    assert not torch.equal(a, b)
+    assert accumulators.HEAVY not in accumulators.KINDS
 
 
 def test_the_lab_says_in_words_what_it_draws():

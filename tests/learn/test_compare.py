@@ -43,6 +43,17 @@ def test_integers_and_bools_are_exact():
     assert difference(1, True) == "returned a number, expected a bool"
 
 
+def test_a_tensor_without_axes_counts_as_the_number_in_it():
+    third = torch.tensor(1 / 3)
+    assert difference(third, 1 / 3) is None
+    assert difference(third.double(), 1 / 3) == "returned 0.333333, expected 0.333333"
+    assert difference(torch.tensor(4), 4) is None
+    assert difference(torch.tensor(5), 4) == "returned 5, expected 4"
+    assert difference(third + 1e-4, 1 / 3) == "returned 0.333433, expected 0.333333"
+    assert difference(torch.tensor(True), 1) == "returned a bool, expected a number"
+    assert difference(third[None], 1 / 3) == "returned a tensor of shape (1,), expected a number"
+
+
 def test_numbers_text_and_structures_are_told_apart():
     assert difference({"a": 1}, {"a": 2}) == "'a': returned 1, expected 2"
     assert difference({"b": 1}, {"a": 2}) == "the keys differ, expected 'a'"

@@ -1,11 +1,13 @@
 """The silicon detective: a miss is answered with a sum, and each hint works as it is written."""
 
+from dataclasses import replace
+
 import pytest
 
 from dsv3_tutorial.fp8 import probe
 from dsv3_tutorial.fp8.accumulate import HOPPER, TensorCore
 from dsv3_tutorial.fp8.probe import plainest
-from dsv3_tutorial.learn.exercises.fp8.detective import DETECTIVE, told_apart
+from dsv3_tutorial.learn.exercises.fp8.detective import DETECTIVE, HINTS, told_apart
 from dsv3_tutorial.learn.verdict import NOT_YET, PASSED, RAISED, judge
 
 
@@ -56,6 +58,38 @@ def test_a_miss_is_answered_with_a_sum_and_both_its_values():
     assert (
         "[65536.0, 64.0, -65536.0] is 64 by your answer, and the engine says 0" in verdict.message
     )
+
+
+OTHER = {  # a value that the property does not have, and the start of what a miss says of it
+    "bits": (lambda core: core.bits - 1 if core.bits > 8 else 20, "Width:"),
+    "rounding": (lambda c: "nearest" if c.rounding == "truncate" else "truncate", "Rounding:"),
+    "group": (lambda core: core.group * 2 if core.group < 64 else 4, "Group:"),
+    "joint": (lambda core: not core.joint, "joint:"),
+    "promote": (lambda core: 512 if core.promote == 1024 else 1024, "Promotion:"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_one_wrong_property_is_answered_with_a_sum_and_the_hint_about_it(name):
+    other, begins = OTHER[name]
+
+    def one_off(engine):
+        core = probe.identify(engine)
+        return replace(core, **{name: other(core)})
+
+    verdict = judge(DETECTIVE, one_off)
+    assert verdict.status == NOT_YET
+    assert f"Hint: {begins}" in verdict.message
+    assert verdict.message.count("Hint:") == 1 and "by your answer" in verdict.message
+
+
+@pytest.mark.parametrize("first", HINTS)
+def test_of_several_wrong_properties_the_first_has_the_sum_and_the_hint(first):
+    core = TensorCore(13, 32, 512, "nearest", False)
+    later = list(HINTS)[list(HINTS).index(first) :]
+    text = told_apart(replace(core, **{name: OTHER[name][0](core) for name in later}), core)
+    alone = told_apart(replace(core, **{first: OTHER[first][0](core)}), core)
+    assert OTHER[first][1] in text and text.partition(" is ")[0] == alone.partition(" is ")[0]
 
 
 @pytest.mark.parametrize("wrong", [None, 13, (13, 32, None, "truncate", True)], ids=str)

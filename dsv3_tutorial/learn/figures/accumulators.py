@@ -1,4 +1,4 @@
-"""What a narrow accumulator costs: error against K, against the promotion interval, by inputs.
+"""What a narrow accumulator costs: error against k, against the promotion interval, by inputs.
 
 Errors are of the emulation in `fp8.accumulate`, norm of the error over norm of the result, on
 random E4M3 values: the rounding to E4M3 itself is not in them.
@@ -6,33 +6,52 @@ random E4M3 values: the rounding to E4M3 itself is not in them.
 
 from functools import cache
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from dsv3_tutorial import paper
 from dsv3_tutorial.bench import probe as bench
 from dsv3_tutorial.fp8.accumulate import HOPPER, TensorCore, matmul_emulated
+from dsv3_tutorial.fp8.formats import FORMATS
 from dsv3_tutorial.fp8.probe import BIG, answer
 from dsv3_tutorial.learn.figures.style import INK, figure, finish, note, plain_log, series
 
 K, ROWS, GROUP = 4096, 16, 32
+WIDTHS = (10, 10, 9, 13, 10)  # of the table's columns
 SIZES = tuple(2**power for power in range(7, 15))  # 128 to 16384 products
 INTERVALS = tuple(2**power for power in range(5, 13))  # 32 to 4096 = all of K
 KINDS = tuple(bench.INPUTS)
+HEAVY = "heavy-tailed"  # a further row of the table, and in no figure
 LOOKS = {kind: series(index) for index, kind in enumerate(KINDS)}
 NAMES = {
     "positive": "positive: uniform in [0, 1)",
     "half zero": "half zero: normal, negatives cut",
     "zero-mean": "zero-mean: normal",
+    HEAVY: "heavy-tailed: exp(2 normal)",
 }
-SUMMED = "products summed, K"
+SUMMED = "products summed, k"
 
 
 @cache
-def error(kind: str, k: int, bits: int | None = 13, promote: int | None = None) -> float:
+def _inputs(kind: str, k: int) -> tuple[Tensor, Tensor]:
+    """E4M3 values in float32, (ROWS, k) twice: the probe's kinds, and HEAVY, scaled by tensor."""
+    if kind != HEAVY:
+        return bench.inputs(kind, k, ROWS)
+    draw = torch.Generator().manual_seed(0)
+    wide = [torch.exp(2 * torch.randn(ROWS, k, generator=draw)) for _ in range(2)]
+    a, b = ((x * (FORMATS["e4m3"].max / x.max())).to(torch.float8_e4m3fn).float() for x in wide)
+    return a, b
+
+
+@cache
+def error(
+    kind: str, k: int, bits: int | None = 13, promote: int | None = None, joint: bool = True
+) -> float:
     """The error of sums of k products, in %: norm of the error over norm of the result."""
-    a, b = bench.inputs(kind, k, ROWS)
-    core = TensorCore(bits=bits, group=GROUP, promote=promote)
+    a, b = _inputs(kind, k)
+    core = TensorCore(bits=bits, group=GROUP, promote=promote, joint=joint)
     exact = a.double() @ b.double().T
     return 100 * float((matmul_emulated(a, b, core).double() - exact).norm() / exact.norm())
 
@@ -48,15 +67,16 @@ def rounding_error(kind: str) -> float:
 
 
 @cache
-def largest_error(kind: str) -> float:
-    """The largest relative error of any one result at K = 4096 on Hopper, unpromoted, in %."""
-    a, b = bench.inputs(kind, K, ROWS)
+def largest_error(kind: str, promote: int | None = None) -> float:
+    """The largest relative error of any one result of K products on Hopper, in %."""
+    a, b = _inputs(kind, K)
+    core = TensorCore(bits=HOPPER.bits, group=GROUP, promote=promote)
     exact = a.double() @ b.double().T
-    return 100 * float(((matmul_emulated(a, b, HOPPER).double() - exact) / exact).abs().max())
+    return 100 * float(((matmul_emulated(a, b, core).double() - exact) / exact).abs().max())
 
 
 def error_against_k() -> Figure:
-    """The error grows with K, by how much depends on the inputs; promotion stops it."""
+    """The error grows with k, by how much depends on the inputs; promotion stops it."""
     fig, ax = figure(8.5, 5.0)
     for kind in KINDS:
         _draw_sizes(ax, kind, 13, None, label=NAMES[kind])
@@ -68,7 +88,7 @@ def error_against_k() -> Figure:
     low, high = error("zero-mean", K), error("positive", K)
     title = (
         f"13 fraction bits, {K:,} products: {high:.1f}% or {low:.2f}%, as the inputs are;\n"
-        f"promoted every 128, {error('positive', K, 13, 128):.2f}% or less"
+        f"promoted every 128, {error('positive', K, 13, 128):.2f}% or less on these inputs"
     )
     finish(fig, ax, title, SUMMED, "error of the sums, %")
     ax.legend(fontsize=10, frameon=False, ncols=2, loc="upper left")
@@ -94,13 +114,13 @@ def error_against_promotion() -> Figure:
         f"Promotion every {chosen} makes the sums {gains[0]:.0f} times as exact\n"
         f"on positive inputs and {gains[1]:.0f} times on zero-mean ones"
     )
-    finish(fig, ax, title, f"promotion interval, products (K = {K:,}: never)", "error of sums, %")
+    finish(fig, ax, title, f"promotion interval, products (of {K:,}: never)", "error of sums, %")
     note(fig, "emulated: 13 fraction bits, 32 products at once, truncated")
     return fig
 
 
 def accumulator_lab(bits: int = 13, promote: int | None = 128, inputs: str = "positive") -> Figure:
-    """Error against K and against the interval for an accumulator of one's own choice.
+    """Error against k and against the interval for an accumulator of one's own choice.
 
     bits 1 to 23, promote a multiple of 32 or None, inputs one of KINDS.
     """
@@ -116,7 +136,7 @@ def accumulator_lab(bits: int = 13, promote: int | None = 128, inputs: str = "po
         _percent(ax, base=4)
         ax.set_ylim(1e-4, 200)
     finish(fig, left, "", SUMMED, f"error of the sums, %, {inputs} inputs")
-    finish(fig, right, "", f"promotion interval (K = {K:,}: never)", "", legend=False)
+    finish(fig, right, "", f"promotion interval (of {K:,}: never)", "", legend=False)
     fig.suptitle(_lab_finding(bits, promote, inputs), x=0.01, ha="left", weight="bold", color=INK)
     return fig
 
@@ -129,7 +149,7 @@ def accumulator_lab_in_words(
     return (
         f"{_lab_finding(bits, promote, inputs)}. Over 128 products it is "
         f"{error(inputs, 128, bits):.2g}%. Hopper's 13 bits, never promoted, err by {hopper:.2g}% "
-        f"at K = {K:,}; rounding these inputs to E4M3 costs {rounding:.2g}%."
+        f"over {K:,}; rounding these inputs to E4M3 costs {rounding:.2g}%."
     )
 
 
@@ -156,12 +176,20 @@ def fading_term() -> Figure:
 
 
 def inputs_table() -> None:
-    """Print Hopper's error over 4096 products by kind of input, and by which error is meant."""
-    print(f"{'inputs':36}{'norm of the error':>19}{'largest of a result':>21}{'promoted':>11}")
-    for kind in KINDS:
-        numbers = error(kind, K), largest_error(kind), error(kind, K, 13, 128)
-        widths = zip(numbers, (18, 20, 10), strict=True)
-        print(f"{NAMES[kind]:36}" + "".join(f"{number:>{width}.2g}%" for number, width in widths))
+    """Print Hopper's two errors over 4,096 products by kind of input, unpromoted and promoted."""
+    heads = ("norm", "largest", "norm", "norm", "largest")
+    print(f"{f'{K:,} products':34}{'never promoted':>20}{'apart':>9}{'promoted every 128':>23}")
+    print(f"{'inputs':34}" + "".join(f"{head:>{w}}" for head, w in zip(heads, WIDTHS, strict=True)))
+    for kind, name in NAMES.items():
+        numbers = (
+            *(error(kind, K), largest_error(kind), error(kind, K, joint=False)),
+            *(error(kind, K, 13, 128), largest_error(kind, 128)),
+        )
+        cells = (f"{number:.2g}%" for number in numbers)
+        print(f"{name:34}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, WIDTHS, strict=True)))
+    print("norm: error of the sum, norm of the errors over norm of the results")
+    print("largest: largest relative error of one result; around zero some results are tiny")
+    print("apart: never promoted, the running sum not aligned along with the products")
 
 
 def _comes_back(core: TensorCore, part: float) -> float:

@@ -31,7 +31,7 @@ from dsv3_tutorial.model import DeepSeekV3
 from dsv3_tutorial.moe.layer import MoE
 
 SYMBOLS = 384  # as many positions as the model was trained with
-ENTERING, DISPATCHED, CACHED = "into Linears", "dispatched tokens", "KV latents"
+ENTERING, DISPATCHED, CACHED = "inputs of linear layers", "dispatched tokens", "KV latents"
 KINDS = (ENTERING, DISPATCHED, CACHED)
 
 
@@ -50,6 +50,7 @@ def _log(x: Tensor, bits: int) -> Tensor:
 RESTORE: dict[str, Callable[[Tensor], Tensor]] = {
     "e5m2": lambda x: _in_tiles(x, "e5m2"),
     "mxfp8": lambda x: mxfp8.dequantize_mx(*mxfp8.quantize_mx(x)),
+    "mxfp8, up": lambda x: mxfp8.dequantize_mx(*mxfp8.quantize_mx(x, up=True)),
     "e4m3": lambda x: quant.dequantize_tiles(*quant.quantize_tiles(x)),
     "int8": lambda x: _in_tiles(x, "int8"),
     "logfmt-8": lambda x: _log(x, 8),
@@ -57,7 +58,12 @@ RESTORE: dict[str, Callable[[Tensor], Tensor]] = {
     "e5m6": lambda x: e5m6.unpack_e5m6(*e5m6.pack_e5m6(x), n=x.shape[-1]),
     "bf16": lambda x: x.bfloat16().float(),
 }
-NAMES = {"mxfp8": "MXFP8", "logfmt-8": "LogFMT-8", "logfmt-10": "LogFMT-10"}
+NAMES = {
+    "mxfp8": "MXFP8",
+    "mxfp8, up": "MXFP8 up",
+    "logfmt-8": "LogFMT-8",
+    "logfmt-10": "LogFMT-10",
+}
 
 
 def name(fmt: str) -> str:
@@ -142,13 +148,13 @@ def _label(fmt: str) -> str:
 
 def _finding() -> str:
     e4m3, log8, int8 = (mean_error(fmt, ENTERING) for fmt in ("e4m3", "logfmt-8", "int8"))
-    return f"Into Linears E4M3 errs by {e4m3:.1%}, INT8 by {int8:.1%}, LogFMT-8 by {log8:.1%}"
+    return f"Inputs of linear layers: E4M3 {e4m3:.1%}, INT8 {int8:.1%}, LogFMT-8 {log8:.1%}"
 
 
 def formats_table() -> None:
     """Print each format's bits a value, scales included, and its mean error on each kind."""
-    print(f"{'format':11}{'bits a value':>13}" + "".join(f"{kind:>20}" for kind in KINDS))
+    print(f"{'format':11}{'bits a value':>13}" + "".join(f"{kind:>25}" for kind in KINDS))
     for fmt in RESTORE:
-        cells = "".join(f"{mean_error(fmt, kind):>20.2%}" for kind in KINDS)
+        cells = "".join(f"{mean_error(fmt, kind):>25.2%}" for kind in KINDS)
         print(f"{name(fmt):11}{STORAGE[fmt].bits_per_value:>13.2f}{cells}")
     print("bits: the scales' share included; error: mean over the tensors of a kind")

@@ -37,14 +37,26 @@ LAYERS = {  # V3's products: name -> (n, k)
     "kv_b": (32768, 512),
     "o": (7168, 16384),
 }
+MEANING = {
+    "kv_a": "to the KV latent",
+    "q_a": "to the query latent",
+    "q_b": "to queries",
+    "kv_b": "to keys and values",
+    "o": "behind attention",
+}
+_OUTPUT = (
+    "kv_b gains least of the wide layers: with many tokens "
+    "most of its bytes are its output, in BF16 both times"
+)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WIDTHS = 2 ** np.arange(7, 15.01, 1 / 16)
 Measured = dict[tuple[int, int, int, bool], float]
 
 
 def layer_names() -> list[str]:
-    """V3's products as rows are named: "expert up, 7,168 to 2,048"."""
-    return [f"{name}, {k:,} to {n:,}" for name, (n, k) in LAYERS.items()]
+    """V3's products as rows are named: "kv_a, to the KV latent, 7,168 to 576"."""
+    meant = {name: f", {MEANING[name]}" if name in MEANING else "" for name in LAYERS}
+    return [f"{name}{meant[name]}, {k:,} to {n:,}" for name, (n, k) in LAYERS.items()]
 
 
 def products(folder: Path | None = None) -> list[receipts.Receipt]:
@@ -128,12 +140,14 @@ def speed_map(
         what = "products and quantisation" if quantize else "products alone"
         finish(fig, ax, "", "tokens", "", legend=False)
         ax.set_title(f"{what}: {found.min():.2f}x to {found.max():.2f}x", loc="left", fontsize=11)
-    panels[0].set_yticks(range(len(LAYERS)), layer_names())
+    names = ["\n".join(name.rsplit(", ", 1)) for name in layer_names()]
+    panels[0].set_yticks(range(len(LAYERS)), names)
     panels[1].set_yticks(range(len(LAYERS)), [""] * len(LAYERS))
     title = _finding(made, gains(made, True, passes), passes)
     fig.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, weight="bold")
     how = f"derived: peaks and bandwidth of {made.title}, {passes}, no launch times"
-    note(fig, f"{how}; in brackets: {receipts.caption(behind)}" if behind else how)
+    how += f"\n{_OUTPUT}" if passes == "forward" else ""
+    note(fig, f"{how}\nin brackets: {receipts.caption(behind)}" if behind else how)
     return fig
 
 
@@ -213,7 +227,7 @@ def gains_table(chip: str = "h800", tokens: int = 4096) -> None:
     """Print each of V3's products' derived gain over BF16: alone, quantised, and in training."""
     made = hardware.chip(chip)
     heads = f"{'alone':>8}{'quantised':>11}{'training':>10}{'quantised':>11}"
-    print(f"{f'{tokens:,} tokens, derived':28}{heads}")
+    print(f"{f'{tokens:,} tokens, derived':42}{heads}")
     for name, (n, k) in zip(layer_names(), LAYERS.values(), strict=True):
         cells = [
             precision.speedup(tokens, n, k, made, quantize, passes)
@@ -221,4 +235,4 @@ def gains_table(chip: str = "h800", tokens: int = 4096) -> None:
             for quantize in (False, True)
         ]
         widths = (7, 10, 9, 10)
-        print(f"{name:28}" + "".join(f"{c:>{w}.2f}x" for c, w in zip(cells, widths, strict=True)))
+        print(f"{name:42}" + "".join(f"{c:>{w}.2f}x" for c, w in zip(cells, widths, strict=True)))

@@ -35,7 +35,7 @@ def by_format(chip: str = "h800", fmt: str = "fp8", m: int = M, n: int = N, k: i
     plain_log(left.xaxis)
     plain_log(left.yaxis)
     finish(fig, left, "", "FLOP per byte moved, scales included", "TFLOP/s")
-    left.legend(fontsize=10, frameon=False, loc="lower right")
+    left.legend(fontsize=11, frameon=False, loc="lower right")
     _two_bounds(right, made, fmt, m, n, k)
     finish(fig, right, "", "µs a product", "")
     title = _finding(made, fmt, m, n, k)
@@ -52,12 +52,14 @@ def _roof(ax: Axes, chip: Chip, fmt: str, across: np.ndarray, at: float) -> None
     """One format's roof and the product on it."""
     reach = [roofline.attainable_flops(x, chip, fmt) / 1e12 for x in across]
     colour = series(FORMATS.index(fmt))["color"] if fmt != "bf16" else "#777777"
+    width = 2.5 if fmt != "bf16" else 5.5  # it lies under the other's and stays to be seen
     marker = series(FORMATS.index(fmt))["marker"]
     name = fmt.upper()
-    ax.plot(across, reach, color=colour, linewidth=2.5, label=f"{name} roof")
+    ax.plot(across, reach, color=colour, linewidth=width, label=f"{name} roof")
     reached = roofline.attainable_flops(at, chip, fmt) / 1e12
     label = f"{name}: {at:,.0f} FLOP a byte"
-    ax.plot([at], [reached], marker, color=colour, markersize=10, linestyle="none", label=label)
+    look = {"color": colour, "markersize": 13, "markeredgecolor": "white", "linestyle": "none"}
+    ax.plot([at], [reached], marker, label=label, zorder=3, **look)
 
 
 def _two_bounds(ax: Axes, chip: Chip, chosen: str, m: int, n: int, k: int) -> None:

@@ -7,6 +7,8 @@ from dsv3_tutorial.cost.precision import STORAGE
 from dsv3_tutorial.fp8.latent import latent_bytes
 
 KEPT_WIDE = ("embedding", "head", "gate", "norms")
+LATENT_IN_VLLM = "656"  # docs.vllm.ai, v0.11, attention backend flashmla_sparse
+CHECKPOINT_GB = "688.6"  # 688,586,727,753 bytes: the .safetensors files of DeepSeek-V3's release
 HOPPER = (
     ("fp8.accumulator_bits", "kept by a sum of FP8 products"),
     ("fp8.fraction_bits", "of them behind the leading 1"),
@@ -31,10 +33,12 @@ TRAINED = (
 
 
 def bytes_table() -> None:
-    """Print what FP8 stores in DeepSeek-V3, counted, and beside it what the papers print."""
-    print(f"{'DeepSeek-V3':38}{'printed':>10}{'ours':>10}   from")
+    """Print what FP8 stores in DeepSeek-V3, counted, and beside it what is printed elsewhere."""
+    print(f"{'DeepSeek-V3':40}{'printed':>8}{'ours':>10}   from")
     for what, printed, ours, base in _byte_rows():
-        print(f"{what:38}{printed:>10}{ours:>10}   {base}")
+        print(f"{what:40}{printed:>8}{ours:>10}   {base}")
+    print("printed: dispatch in ISCA 2025, section 3.2; E5M6 in the report, section 3.3.3;")
+    print("  the latent in vLLM's documentation (FlashMLA's FP8 cache); the checkpoint: its files")
 
 
 def _byte_rows() -> list[tuple[str, str, str, str]]:
@@ -50,23 +54,45 @@ def _byte_rows() -> list[tuple[str, str, str, str]]:
          "4 bytes a block of 128 x 128"),
         ("scales of activations", _printed("activation_scale_overhead", "%"),
          f"{tile.overhead:.1%}", "4 bytes a tile of 128"),
-        ("latent, bytes a token and layer", _printed("latent_bytes"), f"{latent:,}",
+        ("KV latent, bytes a token and layer", LATENT_IN_VLLM, f"{latent:,}",
          f"512 + 4 x 4 + 2 x 64; {wide:,} in BF16"),
-        ("dispatch, bytes a token and copy", "", f"{sent:,.0f}",
+        ("dispatch, bytes a token and copy", "-", f"{sent:,.0f}",
          f"{2 * cfg.hidden_size:,} in BF16"),
         ("... saved", _printed("dispatch_saving", "%"),
          f"{1 - tile.bits_per_value / bf16:.1%}", "with the scales"),
-        ("kept for Wgrad, input of o, bytes", "", f"{heads * after.bits_per_value / 8:,.0f}",
-         f"E5M6; {2 * heads:,} in BF16, {heads * tile.bits_per_value / 8:,.0f} in E4M3"),
-        ("weights in FP8", "", f"{_share_in_fp8(cfg):.1%}",
+        ("input of the layer behind attention,", "", "", f"kept for Wgrad, {heads:,} values"),
+        ("... bits a value, E5M6", _printed("cached_after_attention_bits"),
+         f"{after.bits_per_value:g}", "with the scales"),
+        ("... bytes a token and layer", "-", f"{heads * after.bits_per_value / 8:,.0f}",
+         f"{2 * heads:,} in BF16, {heads * tile.bits_per_value / 8:,.0f} in E4M3"),
+        ("weights in FP8", "-", f"{_share_in_fp8(cfg):.1%}",
          "of 671 billion: not embedding, head, gates, norms"),
+        ("checkpoint, GB", CHECKPOINT_GB, f"{checkpoint_bytes(cfg) / 1e9:.1f}",
+         "FP8 and scales, the rest BF16, with multi-token prediction"),
     ]  # fmt: skip
 
 
 def _printed(name: str, unit: str = "") -> str:
-    """A number as the papers have it; nothing where the row is our own arithmetic."""
+    """A number as the papers have it; a dash where the row is our own arithmetic."""
     row = paper.row(f"fp8.{name}")
-    return "" if row.confidence == "derived" else f"{row.value:g}{unit}"
+    return "-" if row.confidence == "derived" else f"{row.value:g}{unit}"
+
+
+def checkpoint_bytes(cfg: ModelConfig) -> float:
+    """The released weights: FP8 with a float32 scale a block; gates, norms and the like in BF16.
+
+    The prediction modules M_k (D, 2 D) are in BF16 and hold copies of embedding and head. Missing:
+    names and shapes of 92 thousand tensors, 12 MB in 689 GB.
+    """
+    counted, modules = params.count(cfg), cfg.num_nextn_predict_layers
+    copies = counted.by_part["embedding"] + counted.by_part["head"]
+    layer = params.layer_parts(cfg, moe=True)
+    wide = sum(counted.by_part[part] for part in KEPT_WIDE)
+    beside = layer["gate"] + layer["norms"] + 2 * cfg.hidden_size**2 + 3 * cfg.hidden_size
+    stored = counted.total + counted.mtp + modules * copies
+    wide += modules * (copies + beside)
+    bits = STORAGE["e4m3, blocks"].bits_per_value
+    return ((stored - wide) * bits + wide * STORAGE["bf16"].bits_per_value) / 8
 
 
 def _share_in_fp8(cfg: ModelConfig) -> float:

@@ -54,12 +54,13 @@ def around(value: float = 3.3, fmt: str = "e4m3") -> Figure:
     near.plot(shown, np.zeros(len(shown)), "|", color=INK, markersize=26, markeredgewidth=1.5)
     near.plot([rounded], [0], "|", color=COMPUTE, markersize=40, markeredgewidth=5, label="becomes")
     near.plot([value], [0], "D", color=MEMORY, markersize=9, label="the number")
-    for each in shown:
-        bold = each in (below, above, rounded)
-        weight = "bold" if bold else "normal"
-        near.text(each, -0.85, f"{each:.6g}", ha="center", va="top", fontsize=9, fontweight=weight)
-    near.set_ylim(-1.5, 1.9)
-    near.legend(fontsize=10, frameon=False, loc="upper right", ncols=2, markerscale=0.6)
+    bold = (below, above, rounded)
+    for each, row in _label_rows(shown, value, bold).items():
+        look = {"fontsize": 9, "fontweight": "bold" if each in bold else "normal"}
+        near.text(each, -1.2 - 0.65 * row, f"{each:.6g}", ha="center", va="top", **look)
+    near.set_ylim(-3.0, 1.9)
+    corner = "upper left" if value < shown[0] else "upper right"  # away from the values
+    near.legend(fontsize=10, frameon=False, loc=corner, ncols=2, markerscale=0.6)
     _bare(near)
     near.set_xticks([])
     finish(fig, near, "", f"the values of {fmt.upper()} around it", "", legend=False)
@@ -67,10 +68,30 @@ def around(value: float = 3.3, fmt: str = "e4m3") -> Figure:
     return fig
 
 
+def _label_rows(shown: np.ndarray, value: float, bold: tuple[float, ...]) -> dict[float, int]:
+    """The row of each value's label, the bold and the near first: one in which it touches no other.
+
+    A value for which three rows have no room has none, as far from the number as 448 from 1e6.
+    """
+    span = max(*shown, value) - min(*shown, value)
+    taken: list[list[tuple[float, float]]] = [[], [], []]
+    rows = {}
+    for each in sorted(shown, key=lambda x: (x not in bold, abs(x - value))):
+        half = 0.006 * (len(f"{each:.6g}") + 1) * span  # a digit is about 1 % of the line
+        for row, places in enumerate(taken):
+            if all(each + half <= low or high <= each - half for low, high in places):
+                places.append((each - half, each + half))
+                rows[each] = row
+                break
+    return rows
+
+
 def _whole_range(ax: Axes, value: float, fmt: str) -> None:
     """The magnitudes of a format on a logarithmic line, the number's own marked."""
     values = _grid(fmt)
     positive = values[values > 0]
+    label = f"the {len(positive):,} positive values of {fmt.upper()}"
+    label += ", the number by its magnitude" if value < 0 else ""
     if len(positive) > 2000:  # a line as dense as that is a bar
         positive = positive[:: len(positive) // 2000]
     ax.plot(positive, np.zeros(len(positive)), "|", color=IDLE, markersize=26, markeredgewidth=1)
@@ -79,7 +100,6 @@ def _whole_range(ax: Axes, value: float, fmt: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_ylim(-1, 1)
     _bare(ax)
-    label = f"all {len(values):,} values of {fmt.upper()}, by magnitude"
     finish(ax.figure, ax, "", label, "", legend=False)
 
 

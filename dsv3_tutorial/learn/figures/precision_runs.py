@@ -1,11 +1,9 @@
 """The recorded pairs of runs in BF16 and FP8, and a live run: what can be told apart, and when.
 
-A run is one receipt of `bench precision`. What is compared is always a pair with the same seed,
-that is, the same weights at the start and the same text: loss over BF16's loss, less 1.
+Every difference is between two runs of one seed: loss over BF16's loss, less 1. The receipts and
+their pairs come from `precision_records`.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -14,8 +12,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from dsv3_tutorial import paper, receipts
-from dsv3_tutorial.bench.precision import EVERY, MORE, NAME, VARIANTS
-from dsv3_tutorial.bench.precision_pairs import BASE, PROMISE, Pairs, paired
+from dsv3_tutorial.bench.precision import EVERY, VARIANTS
+from dsv3_tutorial.bench.precision_pairs import (
+    APART,
+    BASE,
+    INTERVAL,
+    PROMISE,
+    TYPICAL,
+    Pairs,
+    apart,
+    by_chance,
+    factor,
+)
+from dsv3_tutorial.learn.figures.precision_live import live as live
+from dsv3_tutorial.learn.figures.precision_records import (
+    Runs,
+    differences,
+    look,
+    nested,
+    pairs,
+    runs,
+)
 from dsv3_tutorial.learn.figures.style import (
     IDLE,
     INK,
@@ -24,57 +41,19 @@ from dsv3_tutorial.learn.figures.style import (
     figure,
     finish,
     note,
-    series,
 )
 
-Runs = dict[str, dict[int, receipts.Receipt]]
-ORDER = [*VARIANTS, *MORE]
 SHORT = 100  # steps of a run that is over before it says anything
-APART = 0.02  # of the loss: what nobody needs pairs for
+FAR = 0.02  # of the loss: what nobody needs pairs for
 
 
-def runs(folder: Path | None = None) -> Runs:
-    """The longest recorded runs, in the benchmark's order: variant -> seed -> its receipt.
+def told_apart(found: Runs | None = None) -> int:
+    """How many of the benchmark's variants differ from BF16; those asked for on top do not count.
 
-    Raises LookupError where nothing is recorded yet.
+    One does whose mean lies beyond 3 of its errors (Student's t: 19 with three pairs, 4.5 with
+    eight), or whose every pair lies, on one side, beyond what FP8's pairs do by chance as rarely.
     """
-    recorded = receipts.latest(NAME, folder=folder) if NAME in receipts.names(folder) else []
-    for length in sorted({r.shapes["length"] for r in recorded}, reverse=True):
-        found: Runs = {variant: {} for variant in ORDER}
-        for receipt in (r for r in recorded if r.shapes["length"] == length):
-            found.setdefault(receipt.shapes["variant"], {})[receipt.shapes["seed"]] = receipt
-        found = {variant: seeds for variant, seeds in found.items() if seeds}
-        if BASE in found and len(found) > 1:
-            return found
-    raise LookupError(
-        f"no pairs with {BASE} are recorded, so there is nothing to compare. "
-        f"Run: python -m dsv3_tutorial bench {NAME}"
-    )
-
-
-def pairs(found: Runs | None = None) -> dict[str, Pairs]:
-    """Each variant's held-out loss against BF16's, seed by seed, in the benchmark's order."""
-    found = found or runs()
-    made = paired([r for seeds in found.values() for r in seeds.values()])
-    return {variant: made[variant] for variant in found if variant in made}
-
-
-def differences(found: Runs, variant: str) -> tuple[list[int], dict[int, np.ndarray]]:
-    """A variant's batches against BF16's on the same text: steps, and seed -> relative difference.
-
-    Each number is a mean over EVERY steps; only seeds that both have.
-    """
-    base, seeds = found[BASE], found[variant]
-    shared = [seed for seed in seeds if seed in base]
-    steps = seeds[shared[0]].shapes["steps"]
-    return steps, {
-        seed: np.array(seeds[seed].shapes["loss"]) / np.array(base[seed].shapes["loss"]) - 1
-        for seed in shared
-    }
-
-
-def _look(variant: str) -> dict[str, str]:
-    return series(ORDER.index(variant) if variant in ORDER else len(ORDER))
+    return sum(variant in VARIANTS for variant in apart(pairs(found)))
 
 
 def short_pairs(found: Runs | None = None, variant: str = "fp8", steps: int = SHORT) -> Figure:
@@ -82,15 +61,17 @@ def short_pairs(found: Runs | None = None, variant: str = "fp8", steps: int = SH
     found = found or runs()
     at, gaps = differences(found, variant)
     shown = [index for index, step in enumerate(at) if step <= steps] or [0]
-    fig, (left, right) = figure(11, 4.2, columns=2)
-    for index, (seed, gap) in enumerate(gaps.items()):
-        look = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
-        left.plot([at[i] for i in shown], 100 * gap[shown], label=f"seed {seed}", **look)
-        right.plot([100 * gap[i] for i in shown], [index] * len(shown), "|", color=look["color"])
-        right.plot([100 * gap[shown[-1]]], [index], markersize=10, linestyle="none", **look)
+    fig, (left, right) = figure(11, max(4.2, 1.8 + 0.36 * len(gaps)), columns=2)
+    for index, gap in enumerate(gaps.values()):
+        style = _seed_look(index)
+        left.plot([at[i] for i in shown], 100 * gap[shown], linewidth=1.4, markersize=6, **style)
+        right.plot([100 * gap[i] for i in shown], [index] * len(shown), "|", color=style["color"])
+        right.plot([100 * gap[shown[-1]]], [index], markersize=10, linestyle="none", **style)
     left.axhline(0, color=INK, linewidth=1.2)
     right.axvline(0, color=INK, linewidth=1.2)
     right.set_yticks(range(len(gaps)), [f"seed {seed}" for seed in gaps])
+    for index, label in enumerate(right.get_yticklabels()):
+        label.set_color(_seed_look(index)["color"])
     right.set_ylim(len(gaps) - 0.4, -0.6)
     finish(fig, left, "", f"steps (means of {EVERY})", f"loss of {variant} over {BASE}, %")
     label = f"{variant} over {BASE}, %: ticks all the way, mark at the end"
@@ -100,141 +81,154 @@ def short_pairs(found: Runs | None = None, variant: str = "fp8", steps: int = SH
     return _captioned(fig, found)
 
 
+def _seed_look(index: int) -> dict:
+    """A seed's colour and marker; beyond the colours there are the marks are hollow."""
+    again = index >= len(SERIES)
+    colour, marker = SERIES[index % len(SERIES)], MARKERS[(index + again) % len(MARKERS)]
+    return {"color": colour, "marker": marker, "fillstyle": "none" if again else "full"}
+
+
 def _short_title(gaps: dict[int, np.ndarray], variant: str, last: int, shown: list[int]) -> str:
     worse = sum(gap[shown[-1]] > 0 for gap in gaps.values())
     turned = sum(len(set(np.sign(gap[shown]))) > 1 for gap in gaps.values())
+    if len(gaps) == 1:
+        side, sign = "behind" if worse else "ahead of", "changed" if turned else "did not change"
+        return (
+            f"After {last} steps {variant} is {side} {BASE} with one seed; the sign {sign} before"
+        )
+    count = {0: "none", len(gaps): "all"}
     return (
-        f"After {last} steps {variant} is behind {BASE} with {worse} of {len(gaps)} seeds; "
-        f"with {turned} the sign changed on the way"
+        f"After {last} steps {variant} is behind {BASE} with {count.get(worse, worse)} "
+        f"of {len(gaps)} seeds; with {count.get(turned, turned)} the sign changed on the way"
     )
 
 
 def curves(found: Runs | None = None) -> Figure:
-    """The losses of all variants, as they are, and the pairs' differences with their error."""
+    """The losses of all variants, as they are, and the pairs' differences with their interval."""
     found = found or runs()
-    fig, (left, right) = figure(11, 4.6, columns=2)
-    for variant, seeds in found.items():
-        losses = np.array([r.shapes["loss"] for r in seeds.values()])  # (seeds, steps)
-        steps = next(iter(seeds.values())).shapes["steps"]
-        left.plot(
-            steps, losses.mean(axis=0), label=variant, markersize=5, markevery=5, **_look(variant)
-        )
+    fig, (left, right) = figure(11.5, 4.8, columns=2)
+    steps, means = _means(found)
+    for index, (variant, losses) in enumerate(means.items()):
+        style = {**look(variant), **nested(index, len(means), len(steps))}
+        left.plot(steps, losses, label=variant, **style)
     finish(fig, left, _alike(found), f"steps (means of {EVERY})", "bits per byte, batches")
     left.legend(fontsize=10, frameon=False)
     _differences(right, pairs(found))
-    finish(fig, right, _verdict(found), "held-out loss against BF16, %", "", legend=False)
+    label = "held-out loss over BF16, % (band: the paper's)"
+    finish(fig, right, _verdict(found), label, "", legend=False)
     for ax in (left, right):
         ax.title.set_fontsize(11)
     return _captioned(fig, found)
 
 
+def _means(found: Runs) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Each variant's mean curve, over the seeds that all of them have where there are any."""
+    common = set.intersection(*(set(seeds) for seeds in found.values()))
+    means = {
+        variant: np.mean([r.shapes["loss"] for s, r in seeds.items() if s in (common or seeds)], 0)
+        for variant, seeds in found.items()
+    }  # (steps,) each
+    return next(iter(found[BASE].values())).shapes["steps"], means
+
+
 def _alike(found: Runs) -> str:
     """How near the variants that end alike lie over the second half, and who does not end so."""
-    off = {v: each.mean for v, each in pairs(found).items() if abs(each.mean) > APART}
-    means = np.array(
-        [
-            np.mean([r.shapes["loss"] for r in seeds.values()], axis=0)
-            for variant, seeds in found.items()
-            if variant not in off
-        ]
-    )
+    off = {v: each.mean for v, each in pairs(found).items() if abs(each.mean) > FAR}
+    means = np.array([each for variant, each in _means(found)[1].items() if variant not in off])
     late = means[:, means.shape[1] // 2 :]
     gap = float((late.max(axis=0) / late.min(axis=0) - 1).max())
-    title = f"{len(means)} of {len(found)} stay within {gap:.1%} in the second half"
-    return "\n".join([title, *(f"{v}: {gap:+.1%}" for v, gap in off.items())])
+    start = f"{len(means)} of {len(found)} stay within {gap:.1%} in the second half"
+    return ",\n".join([start, *(f'"{v}" ends at {gap:+.1%}' for v, gap in off.items())])
 
 
 def _differences(ax: Axes, compared: dict[str, Pairs]) -> None:
-    """Mean and two standard errors of each variant, its seeds as dots, the paper's band behind."""
+    """Each variant's mean and interval, its seeds as dots, the paper's band behind."""
     limit = paper.row("fp8.loss_against_bf16").value
     ax.axvspan(-limit, limit, color="#DCEBF5", zorder=0)
     ax.axvline(0, color=INK, linewidth=1.2)
+    names = []
     for row, (variant, each) in enumerate(compared.items()):
-        look = _look(variant)
         dots = [100 * value for value in each.differences]
         ax.plot(dots, [row + 0.18] * len(dots), ".", color=IDLE, markersize=9)
-        error = 200 * each.error if len(dots) > 1 else 0
-        ax.errorbar([100 * each.mean], [row], xerr=[error], capsize=5, markersize=9, **look)
-        text = f"{100 * each.mean:+.2f}" + (f" +- {error / 2:.2f}%" if error else "%, one pair")
-        ax.text(100 * each.mean, row - 0.2, text, ha="center", fontsize=10, color=INK)
-    ax.set_yticks(range(len(compared)), [name.replace(", ", ",\n") for name in compared])
-    ax.set_ylim(len(compared) - 0.4, -0.7)
+        reach = 100 * (each.interval[1] - each.mean) if len(dots) > 1 else 0
+        ax.errorbar(
+            [100 * each.mean], [row], xerr=[reach], capsize=5, markersize=9, **look(variant)
+        )
+        names.append(f"{variant}\n{_gap(each)}")
+    ax.set_yticks(range(len(compared)), names)
+    ax.set_ylim(len(compared) - 0.4, -0.6)
     ax.grid(False, axis="y")
     reach = max(abs(number) for number in (*ax.get_xlim(), 2 * limit))
     if reach > 8 * limit:  # a straight scale up to 1 %, powers of ten beyond
         ax.set_xscale("symlog", linthresh=1.0)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        reach *= 6
+        reach *= 1.5
     ax.set_xlim(-reach, reach)
-    low = len(compared) - 0.45
-    ax.text(0, low, f"the paper's {limit}%, either way", ha="center", fontsize=9, color=INK)
+
+
+def _gap(each: Pairs) -> str:
+    """A mean and its standard error, in %."""
+    return f"{each.mean:+.2%}" + (f" +- {each.error:.2%}" if len(each.seeds) > 1 else ", one pair")
 
 
 def _verdict(found: Runs) -> str:
     """What the pairs of fp8, or of the first variant there is, say."""
     compared = pairs(found)
-    each = compared.get("fp8", next(iter(compared.values())))
-    limit = paper.row("fp8.loss_against_bf16").value
-    said = {True: "within", False: "NOT within", None: "one pair cannot say if within"}
-    error = f" +- {each.error:.2%}" if len(each.seeds) > 1 else ""
-    allowed = f"{limit}%" + (" + 2 errors" if error else "")
-    return f"{each.variant}: {each.mean:+.2%}{error}, {said[each.within]} {allowed}"
+    each = compared.get(TYPICAL, next(iter(compared.values())))
+    if len(each.seeds) < 2:
+        return f"{each.variant}: {_gap(each)},\nwhich has no error without a second"
+    said = each.verdict(by_chance(compared)).replace("a difference of ", "")
+    return f"{each.variant}, {len(each.seeds)} pairs: {_gap(each)},\n{said}"
 
 
 def precision_table(found: Runs | None = None) -> None:
-    """Print each variant's held-out loss, and its paired difference to BF16 with its error."""
+    """Print each variant's held-out loss, its paired difference, the interval, and a verdict."""
     found = found or runs()
     compared = pairs(found)
     limit = f"{PROMISE:.2%} + 2 errors"
-    heads = f"{'seeds':>6}{'bits/byte':>11}{'over bf16, paired':>22}"
-    print(f"{'computed in':26}{heads}   {limit}")
+    heads = f"{'seeds':>6}{'bits/byte':>11}{'over bf16, paired':>21}{'interval':>21}"
+    print(f"{'computed in':21}{heads}   {limit}")
     for variant, seeds in found.items():
-        loss = mean(r.value for r in seeds.values())
-        gap, said = "", ""
+        loss, cells = mean(r.value for r in seeds.values()), ""
         if variant in compared:
-            each = compared[variant]
-            gap = f"{each.mean:+.3%}"
-            if len(each.seeds) > 1:
-                gap, said = f"{gap} +- {each.error:.3%}", "within" if each.within else "NOT within"
-        print(f"{variant:26}{len(seeds):>6}{loss:>11.4f}{gap:>22}   {said}".rstrip())
+            cells = _cells(compared[variant])
+        print(f"{variant:21}{len(seeds):>6}{loss:>11.4f}{cells}".rstrip())
+    print()
+    for variant, each in compared.items():
+        print(f"{variant + ':':21} {each.verdict(by_chance(compared))}")
+    print()
+    print("\n".join(_rules(found, compared)))
+
+
+def _cells(each: Pairs) -> str:
+    if len(each.seeds) < 2:
+        return f"{each.mean:>+11.3%}"
+    low, high = each.interval
+    said = "within" if each.within else "NOT within"
+    gap = f"{each.mean:+.3%} +- {each.error:.3%}"
+    return f"{gap:>21}{f'{low:+.2%} to {high:+.2%}':>21}   {said}"
+
+
+def _rules(found: Runs, compared: dict[str, Pairs]) -> list[str]:
+    """What the columns and the verdicts mean, with the numbers of errors that few pairs ask for."""
     length = next(iter(found[BASE].values())).shapes["length"]
-    print(f"{length:,} steps; +- is the standard error over the pairs of one seed")
-
-
-def live(rows: Sequence[tuple[int, dict[str, float]]]) -> Figure:
-    """Variants run side by side, here and now: (step, {variant: bits per byte}) of each step."""
-    if not rows:
-        raise ValueError(
-            "The live run left no step, so there is nothing to draw. "
-            "Run the cell that trains first: it takes one step at least."
-        )
-    steps = [step for step, _ in rows]
-    losses = {variant: np.array([row[variant] for _, row in rows]) for variant in rows[0][1]}
-    fig, (left, right) = figure(11, 4.2, columns=2)
-    for variant, values in losses.items():
-        look = {**_look(variant), "markersize": 5, "markevery": max(1, len(steps) // 10)}
-        left.plot(steps, values, label=variant, **look)
-        if variant != BASE:
-            right.plot(steps, 100 * (values / losses[BASE] - 1), label=variant, **look)
-    right.axhline(0, color=INK, linewidth=1.2)
-    finish(fig, left, "", "steps", "bits per byte, batches")
-    finish(fig, right, "", "steps", f"over {BASE} on the same batch, %")
-    title = _live_title(losses, steps[-1])
-    fig.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, weight="bold")
-    return fig
-
-
-def _live_title(losses: dict[str, np.ndarray], last: int) -> str:
-    """The largest difference over the last steps, and how much one batch differs from the next."""
-    tail = slice(-min(EVERY, len(losses[BASE])), None)
-    base = losses[BASE][tail]
-    gaps = {v: (values[tail] / base - 1).mean() for v, values in losses.items() if v != BASE}
-    widest = max(gaps, key=lambda variant: abs(gaps[variant]))
-    between = np.abs(np.diff(base) / base[:-1]).mean() if len(base) > 1 else 0.0
-    return (
-        f"After {last} steps {widest} is furthest from {BASE}: {gaps[widest]:+.2%}\n"
-        f"(one batch differs from the next by {between:.1%})"
+    counts = sorted({len(each.seeds) for each in compared.values() if len(each.seeds) > 1})
+    steps = f"{length:,} steps; bits/byte: of all its seeds; +-: the standard error over pairs"
+    if not counts:
+        return [steps]
+    reach, far = (
+        ", ".join(f"{n} pairs {factor(n, errors):.1f}" for n in counts)
+        for errors in (INTERVAL, APART)
     )
+    chance = by_chance(compared)
+    also = f"; or every pair beyond {chance:.1%}, what one of {TYPICAL} does by chance"
+    return [
+        steps,
+        f"{PROMISE:.2%} + 2 errors: met the more easily the noisier the runs",
+        f"interval: {INTERVAL} errors to either side; as sure with few pairs: {reach}",
+        f"differs: beyond {APART} errors; as sure with few pairs: {far}",
+        *([" " * 9 + also[2:]] if chance < float("inf") else []),
+    ]
 
 
 def _captioned(fig: Figure, found: Runs) -> Figure:

@@ -14,15 +14,7 @@ from torch import Tensor
 
 from dsv3_tutorial.fp8 import quant
 from dsv3_tutorial.fp8.errors import relative_error
-from dsv3_tutorial.learn.figures.style import (
-    IDLE,
-    INK,
-    figure,
-    finish,
-    note,
-    plain_log,
-    series,
-)
+from dsv3_tutorial.learn.figures.style import IDLE, INK, figure, finish, note, plain_log, series
 
 SCALES = ("tensor", "block", "tile")
 SCALE_LOOK = {scale: series(index) for index, scale in enumerate(SCALES)}
@@ -157,25 +149,35 @@ def outlier_in_words(outlier: float = 1000.0, scale: str = "tensor", fmt: str = 
 
 
 def outlier_table(sizes: tuple[float, ...] = (1e2, 1e3, 1e5, 1e6)) -> None:
-    """Print the error of all others beside one outlier, E4M3 and INT8, by tensor and by tile."""
+    """Print the error of all others beside one outlier, and last of the 127 in its own tile."""
     names = "".join(f"{f'{fmt.upper()} {scale}':>13}" for fmt, scale in CASES)
-    print(f"{'outlier':>10}{names}")
+    print(f"{'outlier':>10}{names}   INT8 tile, the outlier's own tile")
     for size in sizes:
         cells = "".join(f"{_percent(others_error(size, *case)):>13}" for case in CASES)
-        print(f"{size:>10,.0f}{cells}")
+        own = _percent(others_error(size, "int8", "tile", own_tile=True))
+        print(f"{size:>10,.0f}{cells}{own:>36}")
 
 
 class Tokens(NamedTuple):
-    """Of one kind of scale: each token's size and error (draws x TOKENS,), and the matrix's."""
+    """Of one kind of scale: each token's size and error (DRAWS x TOKENS,), each draw's matrix's."""
 
     size: np.ndarray
     error: np.ndarray
-    matrix: float
+    matrices: tuple[float, ...]
+
+    @property
+    def matrix(self) -> float:
+        return float(np.mean(self.matrices))
 
     @property
     def lost(self) -> float:
         """The share of tokens that are wrong by over a half."""
         return float((self.error > LOST).mean())
+
+    @property
+    def lost_by_draw(self) -> np.ndarray:
+        """The same share of each draw: (DRAWS,)."""
+        return (self.error.reshape(DRAWS, TOKENS) > LOST).mean(axis=1)
 
 
 @cache
@@ -193,7 +195,7 @@ def token_errors(decades: float, scale: str) -> Tokens:
         sizes.append(size[:, 0])
         errors.append(((back - x).norm(dim=1) / x.norm(dim=1)).numpy())
         whole.append(relative_error(x, back))
-    return Tokens(np.concatenate(sizes), np.concatenate(errors), float(np.mean(whole)))
+    return Tokens(np.concatenate(sizes), np.concatenate(errors), tuple(whole))
 
 
 def lost_tokens(decades: float = 2.0) -> Figure:
@@ -234,3 +236,15 @@ def lost_tokens_in_words(decades: float = 2.0) -> str:
         if (tokens := token_errors(decades, scale))
     ]
     return f"With token magnitudes spread over {decades:g} decades, {', '.join(parts)}."
+
+
+def lost_tokens_table(decades: float = 2.0) -> None:
+    """Print what `lost_tokens` draws: tokens lost and matrix error, mean and range of the draws."""
+    print(f"{'one scale a':12}{'tokens lost':>13}{'range':>16}{'matrix error':>15}{'range':>18}")
+    for scale in SCALES:
+        tokens = token_errors(decades, scale)
+        lost, matrix = tokens.lost_by_draw, tokens.matrices
+        cells = f"{tokens.lost:>13.0%}{f'{lost.min():.0%} to {lost.max():.0%}':>16}"
+        cells += f"{tokens.matrix:>15.2%}{f'{min(matrix):.2%} to {max(matrix):.2%}':>18}"
+        print(f"{scale:12}{cells}")
+    print(f"{DRAWS} draws of {TOKENS:,} tokens; lost: wrong by over {LOST:.0%}")

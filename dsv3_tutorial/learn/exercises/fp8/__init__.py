@@ -8,6 +8,7 @@ from dsv3_tutorial.learn.exercises.fp8 import (
     lost,
     products,
     rounding,
+    scales,
     sums,
     tiles,
 )
@@ -20,7 +21,7 @@ EXERCISES = [
     products.SCALED_MATMUL,
     backward.LINEAR_BACKWARD,
     lost.LOST_TOKENS,
-    rounding.POWER_OF_TWO_SCALE,
+    scales.POWER_OF_TWO_SCALE,
     sums.MICRO_BATCHES,
     bug.FIND_THE_BUG,
     *detective.EXERCISES,

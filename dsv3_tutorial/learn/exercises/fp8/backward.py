@@ -47,8 +47,33 @@ def _layer(seed: int, m: int, n: int, k: int, tiles=by_tiles, blocks=by_blocks, 
     return make
 
 
-def _result_rounded(dy, x, w, tiles, blocks):
-    return tiles(dy @ w), tiles(dy.T @ x)
+def _nothing(dy, x, w, tiles, blocks):
+    return dy.float() @ w.float(), dy.float().T @ x.float()
+
+
+def _right(dy, x, w, tiles, blocks):
+    return tiles(dy) @ blocks(w), tiles(dy.T) @ tiles(x.T).T
+
+
+def _results_rounded(first: str, second: str, products=_nothing):
+    """The products rounded, each by "tiles" or by "blocks"."""
+
+    def gradients(dy, x, w, tiles, blocks):
+        by = {"tiles": tiles, "blocks": blocks}
+        dx, dw = products(dy, x, w, tiles, blocks)
+        return by[first](dx), by[second](dw)
+
+    return gradients
+
+
+def _twice(*names: str):
+    """Those that dw takes already rounded along their channels, and rounds again."""
+
+    def gradients(dy, x, w, tiles, blocks):
+        first, second = tiles(dy) if "dy" in names else dy, tiles(x) if "x" in names else x
+        return tiles(dy) @ blocks(w), tiles(first.T) @ tiles(second.T).T
+
+    return gradients
 
 
 def _once(dy, x, w, tiles, blocks):
@@ -63,9 +88,21 @@ def _once_x(dy, x, w, tiles, blocks):
     return tiles(dy) @ blocks(w), tiles(dy.T) @ tiles(x)
 
 
+def _dy_by_blocks_in_dx(dy, x, w, tiles, blocks):
+    return blocks(dy) @ blocks(w), tiles(dy.T) @ tiles(x.T).T
+
+
 def _dy_by_blocks(dy, x, w, tiles, blocks):
     return blocks(dy) @ blocks(w), blocks(dy.T) @ tiles(x.T).T
 
+
+_DW_BLOCKS = "In dw's operands there are blocks: tiles for both, blocks are for weights."
+_RESULTS = "The results are rounded, not the operands: round the operands, and keep the sum wide."
+_TOO = "The results are rounded too: only the operands are, and the sum stays wide."
+_ROUNDED_TWICE = (
+    "Rounded twice for dw, along the channels and then along the tokens: {}. Each time loses: "
+    "tiles(t.T), of t as it comes."
+)
 
 LINEAR_BACKWARD = Exercise(
     name="fp8.linear_backward",
@@ -137,7 +174,37 @@ LINEAR_BACKWARD = Exercise(
         Mutant(
             "both in blocks",
             lambda dy, x, w, tiles, blocks: (tiles(dy) @ blocks(w), blocks(dy.T) @ blocks(x)),
-            "dw's operands go through blocks: tiles for both, blocks are for weights.",
+            _DW_BLOCKS,
+        ),
+        Mutant(
+            "dy in blocks, for dw",
+            lambda dy, x, w, tiles, blocks: (tiles(dy) @ blocks(w), blocks(dy.T) @ tiles(x.T).T),
+            _DW_BLOCKS,
+        ),
+        Mutant(
+            "x in blocks",
+            lambda dy, x, w, tiles, blocks: (tiles(dy) @ blocks(w), tiles(dy.T) @ blocks(x)),
+            _DW_BLOCKS,
+        ),
+        Mutant(
+            "all in blocks",
+            lambda dy, x, w, tiles, blocks: (blocks(dy) @ blocks(w), blocks(dy.T) @ blocks(x)),
+            "All goes through blocks, where tokens share a scale: blocks are for w alone.",
+        ),
+        Mutant(
+            "dx exact",
+            lambda dy, x, w, tiles, blocks: (dy.float() @ w.float(), tiles(dy.T) @ tiles(x.T).T),
+            "dx's operands are not rounded: tiles(dy) and blocks(w).",
+        ),
+        Mutant(
+            "dw exact",
+            lambda dy, x, w, tiles, blocks: (tiles(dy) @ blocks(w), dy.float().T @ x.float()),
+            "dw's operands are not rounded: tiles for both, along the tokens.",
+        ),
+        Mutant(
+            "dy turned, for dx",
+            lambda dy, x, w, tiles, blocks: (tiles(dy.T).T @ blocks(w), tiles(dy.T) @ tiles(x.T).T),
+            "dy's tiles for dx lie along the tokens: dx sums over n, so tiles(dy).",
         ),
         Mutant(
             "dy in blocks",
@@ -145,10 +212,20 @@ LINEAR_BACKWARD = Exercise(
             "dy goes through blocks, where tokens share a scale: so a run diverged. Use tiles.",
         ),
         Mutant(
-            "result rounded",
-            _result_rounded,
-            "The results are rounded: round the operands, and keep the sum wide.",
+            "dy in blocks, for dx",
+            _dy_by_blocks_in_dx,
+            "In dx, dy goes through blocks, where 128 tokens share a scale: tiles(dy). With blocks "
+            "there a run diverged.",
         ),
+        Mutant("nothing", _nothing, "Nothing is rounded: all four operands go through FP8."),
+        Mutant("results", _results_rounded("tiles", "tiles"), _RESULTS),
+        Mutant("results, dw in blocks", _results_rounded("tiles", "blocks"), _RESULTS),
+        Mutant("results in blocks", _results_rounded("blocks", "blocks"), _RESULTS),
+        Mutant("results too", _results_rounded("tiles", "tiles", _right), _TOO),
+        Mutant("results too, dw in blocks", _results_rounded("tiles", "blocks", _right), _TOO),
+        Mutant("twice", _twice("dy", "x"), _ROUNDED_TWICE.format("dy and x")),
+        Mutant("dy twice", _twice("dy"), _ROUNDED_TWICE.format("dy")),
+        Mutant("x twice", _twice("x"), _ROUNDED_TWICE.format("x")),
         Mutant(
             "w transposed",
             lambda dy, x, w, tiles, blocks: (tiles(dy) @ blocks(w).T, tiles(dy.T) @ tiles(x.T).T),

@@ -1,22 +1,59 @@
 """Silicon detective: what accumulator stands behind a matmul, in at most 20 probes."""
 
-from dsv3_tutorial.fp8.accumulate import HOPPER, TensorCore
-from dsv3_tutorial.fp8.probe import Chip, Engine, answer, tell_apart, written
+from dataclasses import replace
+
+from dsv3_tutorial.fp8.accumulate import HOPPER, AccumulationError, TensorCore
+from dsv3_tutorial.fp8.probe import Chip, Engine, answer, plainest, tell_apart, written
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
 BIG, TINY = 2.0**16, 2.0**-12
+HINTS = {  # in the order in which one builds on the other
+    "bits": "Width: engine.dot([2.0**16, 2.0**(16 - j), -2.0**16]) is not 0 as long as j bits are "
+    "kept. j is 8 to 20: halve what is left.",
+    "rounding": "Rounding: with last = 2.0**(16 - bits), "
+    "engine.dot([2.0**16, 0.75 * last, -2.0**16]) is 0 where the rest is cut, and last where it "
+    "goes to the nearest.",
+    "group": "Group: in [2.0**16, -2.0**16] + [2.0**-12] * 254 exactly the small terms that share "
+    "the first group are lost; the sum is 2.0**-12 times the others.",
+    "joint": "joint: with last = 2.0**(16 - bits), [2.0**16] + [0.0] * (group - 1) + [last / 4] * "
+    "group stays 2.0**16 only if each small term is aligned with the running sum.",
+    "promote": "Promotion: [2.0**16] + [0.0] * 127 + ([last / 4] + [0.0] * 127) * 63 gains "
+    "last / 4 for each small term after the first promotion, so promote = 8192 - 128 * gained; "
+    "None if 0.",
+}
 
 
 def told_apart(got: TensorCore, expected: TensorCore) -> str | None:
-    """A sum that the answer and the engine take differently, in words; None where there is none."""
+    """A sum that the answer and the engine take differently, in words; None where there is none.
+
+    Where it can be, it is a sum about the first property that is wrong, followed by its hint.
+    """
     products = tell_apart(got, expected)
     if products is None:
         return None
+    wrong = next((name for name in HINTS if _own(plainest(got), name, plainest(expected))), None)
+    products = (wrong and _telling(got, wrong, expected)) or products
     theirs, ours = answer(got, products), answer(expected, products)
-    return (
+    text = (
         f"a sum tells your answer from the engine: {written(products)} "
         f"is {theirs:.9g} by your answer, and the engine says {ours:.9g}"
     )
+    return f"{text}. Hint: {HINTS[wrong].removesuffix('.')}" if wrong else text
+
+
+def _own(got: TensorCore, name: str, expected: TensorCore) -> bool:
+    return getattr(got, name) != getattr(expected, name)
+
+
+def _telling(got: TensorCore, name: str, expected: TensorCore) -> list[float] | None:
+    """A sum about this one property that also tells the whole answer from the engine."""
+    try:
+        products = tell_apart(replace(expected, **{name: getattr(got, name)}), expected)
+    except AccumulationError:  # the answer's value makes no accumulator of the engine's others
+        return None
+    if products is None or answer(got, products) == answer(expected, products):
+        return None
+    return products
 
 
 def _engine(seed: int):
@@ -151,16 +188,7 @@ DETECTIVE = Exercise(
         Case("wide, by themselves", _engine(6), hidden=True),
         Case("cut, by themselves", _engine(76), hidden=True),
     ],
-    hints=[
-        "Width: engine.dot([2.0**16, 2.0**(16 - j), -2.0**16]) is not 0 as long as j bits are "
-        "kept. j is 8 to 20: halve what is left. Then ask the same with 0.75 * 2.0**(16 - bits).",
-        "Group: in [2.0**16, -2.0**16] + [2.0**-12] * 254 exactly the small terms that share the "
-        "first group are lost; the sum is 2.0**-12 times the others.",
-        "joint: with last = 2.0**(16 - bits), [2.0**16] + [0.0] * (group - 1) + [last / 4] * group "
-        "stays 2.0**16 only if each small term is aligned with the running sum.",
-        "Promotion: [2.0**16] + [0.0] * 127 + ([last / 4] + [0.0] * 127) * 63 gains last / 4 for "
-        "each small term after the first promotion, so promote = 8192 - 128 * gained; None if 0.",
-    ],
+    hints=list(HINTS.values()),
     difficulty=4,
     importance=4,
     minutes=15,

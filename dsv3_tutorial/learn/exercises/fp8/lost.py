@@ -191,6 +191,11 @@ LOST_TOKENS = Exercise(
             "The error is held against y: against x, what the token was.",
         ),
         Mutant("kept", _kept, "This is the share that is kept: the lost ones are asked for."),
+        Mutant(
+            "each token",
+            lambda x, y, limit=0.5: ~(errors(x, y)[0] <= limit * errors(x, y)[1]),
+            "This says of each token whether it is lost: return their mean, a number.",
+        ),
         Mutant("count", _count, "This is a number of tokens: divide by all of them."),
         Mutant("limit ignored", _fixed_limit, "limit is not used: it is 0.5 here."),
         Mutant("sizes", _sizes, "Two norms are compared: the norm of the difference is the error."),

@@ -124,8 +124,8 @@ QUANTIZE_TILES = Exercise(
         "(..., n / tile, tile).",
         "scale = tiles.abs().amax(dim=-1) / 448, and 1 where that is 0: torch.where or masked_fill."
         " It has to be float32.",
-        "Divide: (tiles / scale[..., None]).to(torch.float8_e4m3fn).flatten(-2) has x's shape "
-        "again. Return it and the scale.",
+        "Divide: (tiles / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(-2) "
+        "has x's shape again. Return it and the scale.",
     ],
     difficulty=2,
     importance=5,
