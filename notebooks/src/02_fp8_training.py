@@ -79,7 +79,7 @@ for code in (0b0_0000_001, 0b0_0000_111, 0b0_0001_000, 0b0_0111_000, 0b0_0111_00
     print(f"{bits[0]} {bits[1:5]} {bits[5:]}  {value:.8g}")
 
 # %% [markdown] id="codes-words"
-# The smallest number, the largest subnormal, the smallest normal number $2^{-6}$, then 1, its successor, and 448. Between 1 and 2 there are eight values, and between 256 and 448 only seven.
+# The smallest number, the largest subnormal, the smallest normal number $2^{-6}$, then 1, its successor, and 448.
 #
 # ### Exercise 2.1 · Round by hand
 #
@@ -129,7 +129,7 @@ explore(
 # | `x` | (..., n) | real numbers; n is a multiple of `tile` |
 # | returns | (..., n) `float8_e4m3fn`, (..., n / tile) float32 | what is stored, and the scales |
 #
-# Compute in float32. The scale is the tile's largest magnitude over 448, so that *x is close to stored times scale*; a tile of zeros gets the scale 1. Clamp to ±448 before the cast: what becomes of larger numbers (448, or NaN) differs between versions of PyTorch.
+# Compute in float32. The scale is the largest magnitude over 448, so that *x is close to stored times scale*; a tile of zeros gets the scale 1. Clamp to ±448 before the cast: what becomes of larger numbers (448, or NaN) differs between versions of PyTorch.
 
 
 # %% id="quantize-tiles" tags=["exercise"]
@@ -166,7 +166,7 @@ for size in (1.0, 1e-3, 1e-6):
     )
 
 # %% [markdown] id="error-words"
-# With scales the error of these random numbers is 2.6 % whatever their size: it is the price of three mantissa bits, and no scale makes it smaller. What a scale buys is range. The smaller the group that shares one, the better it can follow the numbers; is that why DeepSeek's tiles are so small?
+# With scales the error of these random numbers is 2.6 % whatever their size: it is the price of three mantissa bits, and no scale makes it smaller. What a scale buys is range. The smaller the group that shares one, the better it follows the numbers; is that why DeepSeek's tiles are so small?
 #
 # **Predict.** One of 262,144 numbers is an outlier a thousand times as large as the rest, and one scale serves the whole tensor. By how much are the *others* changed in E4M3, in percent?
 
@@ -186,7 +186,7 @@ tile_figures.outlier(1000.0, "tensor", "int8")
 # %% [markdown] id="outlier-words"
 # **Explain.** The claim is INT8's story. INT8 has evenly spaced values: an outlier of 1,000 makes the step 8, and everything below 4 becomes zero. E4M3 has an exponent: a value a thousand times below the largest still has all its three digits. It takes an outlier of about 100,000 to hurt. Note the other direction too: without an outlier, or with a scale a tile, INT8 is the more accurate of the two on average; in the outlier's own tile it loses everything, and E4M3 nothing.
 #
-# Find the outlier at which E4M3 with one scale starts to fail, and look at what a tile confines.
+# Find the outlier at which E4M3 with one scale starts to fail.
 
 # %% id="explore-outlier"
 explore(
@@ -199,7 +199,7 @@ explore(
 )
 
 # %% [markdown] id="product-text"
-# So outliers alone do not ask for tiles of 128. Section 4 finds who does. Before that, tiles have a price: scales that change along `k` cannot be pulled out of a sum.
+# So outliers alone do not ask for tiles of 128. And tiles have a price: scales that change along `k` cannot be pulled out of a sum.
 #
 # ## 3 · Scaled products, and a sum of 14 bits
 #
@@ -288,7 +288,7 @@ def linear_gradients(dy, x, w, tiles, blocks): ...
 
 
 # %% [markdown] id="layer-text"
-# The package's layer does just that, in real `float8_e4m3fn`, and keeps what V3 keeps: the input in FP8 for Wgrad, the weight and its gradient in float32.
+# The package's layer does just that in real `float8_e4m3fn`. It keeps what V3 keeps: the input in FP8 for Wgrad, the weight and its gradient in float32.
 
 # %% id="layer"
 from dsv3_tutorial.fp8.linear import Fp8Linear
@@ -445,7 +445,7 @@ reveal("fp8.breakeven", round(precision.breakeven_width(chip("h800"))))
 fp8_map.speed_map()
 
 # %% [markdown] id="map-words"
-# Left, the products alone: 2x almost everywhere, because the peaks say so; the sixth and seventh row have short sums, and writing the BF16 result takes much of their time. Right, with the pass that quantises the input: a value costs the same 3 bytes of traffic however many outputs use it, so narrow layers lose what wide ones gain. The projection to V3's latent (576 outputs) is slower in FP8 from 512 tokens on, unless the quantisation is fused into what comes before it, or shared: V3's two projections of the same input share it. All of this is *derived* from peaks and bandwidths. Published kernels reach 30 to 78 % of the FP8 peak, by shape, and a Hopper receipt of ours awaits a GPU (`make bench`). This map is for the forward pass; training quantises `X` and `dY` in two layouts, and expert up comes down from 2x to 1.6x.
+# Left, the products alone: 2x almost everywhere, because the peaks say so. (The seventh row has the shortest sums, and its BF16 result is most of its bytes.) Right, with the pass that quantises the input: a value costs the same 3 bytes of traffic however many outputs use it, so narrow layers lose what wide ones gain. The projection to V3's latent (576 outputs) is slower in FP8 from 512 tokens on, unless its quantisation is fused into what comes before, or shared with the other projection of the same input. All of this is *derived*, and forward only; published kernels reach 30 to 78 % of the FP8 peak, by shape. A Hopper receipt of ours awaits a GPU (`make bench`).
 #
 # ## 8 · The paper
 #
@@ -460,16 +460,14 @@ fp8_tables.hopper_and_blackwell()
 # %% [markdown] id="paper-words"
 # The scales cost next to nothing for weights and three percent for activations. With them, sending a token to an expert in FP8 saves 48.4 % of BF16's bytes, where the papers say half.
 #
-# The paper asks hardware for two things: sums of more bits, and tensor cores that take the scales themselves. Blackwell's take one scale for 32 numbers. Your exercise 2.4 is what they make unnecessary.
+# The paper asks hardware for sums of more bits, and for tensor cores that take the scales themselves. Blackwell's take one for 32 numbers: exercise 2.4 becomes unnecessary.
 #
 # **Takeaways.**
 #
 # - E4M3 has three digits and a wide range. Its error, some 2.6 %, does not depend on a tensor's size; scales see to that.
 # - Scales go with the axis that is summed. That is why training quantises activations and gradients twice.
 # - A sum of 14 bits is harmless if it is short. Promotion and scales happen at the same place.
-# - A matrix error can be blind to lost tokens. Measure what can move.
-# - A difference between two runs is worth nothing without its standard error.
-# - On paper FP8 doubles a product; what is left of that depends on the width of the layer.
+# - A matrix error can be blind to lost tokens, and a difference between two runs is worth nothing without its error.
 
 # %% id="progress"
 progress()
