@@ -41,9 +41,7 @@ from dsv3_tutorial.learn.figures import fp8_roofline
 # %% [markdown] id="bottleneck"
 # ## 1 · The bottleneck: products, and the bytes under them
 #
-# Training V3 costs 250 GFLOP a token, for 14.8 trillion tokens. Nearly all of it are matrix products of linear layers. A chip does them faster in a narrower number format: half the bits, about half the circuits and half the bytes. Peak rates as published:
-#
-# The *ridge* is the arithmetic intensity (FLOP per byte moved) from which a product is bound by arithmetic and no longer by memory. The figure has a product of V3 under the roofs of two formats, and the time that arithmetic and memory need at least.
+# Training V3 costs 250 GFLOP a token, for 14.8 trillion tokens, nearly all of it in the matrix products of linear layers. A chip does them faster in a narrower number format: half the bits, about half the circuits and half the bytes. The table has peak rates as published. The *ridge* is the arithmetic intensity (FLOP per byte moved) from which a product is bound by arithmetic and no longer by memory. The figure has a product of V3 under the roofs of two formats, and the time that arithmetic and memory need at least.
 
 # %% id="chips"
 fp8_roofline.chips_table()
@@ -257,12 +255,14 @@ from dsv3_tutorial.learn.figures import accumulators
 
 reveal("fp8.accumulator_error", accumulators.error("positive", 4096))
 accumulators.inputs_table()
+rounded = {kind: accumulators.rounding_error(kind) for kind in ("positive", "zero-mean")}
+print("rounding the inputs to E4M3:", ", ".join(f"{k} {e:.2g}%" for k, e in rounded.items()))
 accumulators.error_against_k()
 
 # %% [markdown] id="backward-text"
-# **Explain.** It depends on the inputs. Positive numbers make a running sum that only grows, and the larger it is the more of each product lies below its last bit. What is cut off is always missing in the same direction: a *bias*, which does not average out. Numbers around zero make sums that stay small. The report has "nearly 2 %" as the maximum for random matrices, and does not say how they were drawn; here the half-zero ones come near it. So 2 % is no constant of the chip. Promotion every 128 products brings all three down, by ten times to a hundred, and their errors no longer grow with `k`.
+# **Explain.** It depends on the inputs. Positive numbers make a running sum that only grows, and the larger it is the more of each product lies below its last bit. What is cut off is always missing in the same direction: a *bias*, which does not average out. Numbers around zero make sums that stay small. The report has "nearly 2 %" as the maximum for random matrices, and does not say how they were drawn; here the half-zero ones come near it. So 2 % is no constant of the chip. Promotion every 128 products brings all of them down, by the norm ten times to a hundred, and their errors no longer grow with `k`.
 #
-# Is that much? Rounding the inputs to E4M3 costs 3.7 % with inputs around zero, and beside it the sum's 0.15 % is nothing. With positive inputs the roundings average out to 0.07 %, and beside that 6.6 % is everything. What a chip really does can be *probed* from outside: that is the last exercise of *Further*, and `python -m dsv3_tutorial probe` on any GPU. No receipt from a GPU is here yet.
+# Is that much? Rounding the inputs costs 4 % if they lie around zero, and beside it the sum's 0.15 % is nothing. With positive inputs the roundings average out to 0.07 %, and beside that 6.6 % is everything. What a chip really does can be *probed* from outside: that is the last exercise of *Further*, and `python -m dsv3_tutorial probe` on any GPU. No receipt from a GPU is here yet.
 #
 # ## 4 · Three products, three directions
 #
