@@ -62,6 +62,8 @@ def to_fp8(model: nn.Module, scaling: Scaling = DEEPSEEK) -> nn.Module:
     section 3.3.3).
     """
     for path, module in list(model.named_modules()):
+        if isinstance(module, MLP):
+            continue  # it is replaced as a whole
         for name, child in list(module.named_children()):
             replacement = _in_fp8(f"{path}.{name}", child, scaling)
             if replacement is not None:

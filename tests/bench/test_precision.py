@@ -290,3 +290,13 @@ def test_a_run_that_breaks_off_leaves_no_receipt_and_the_next_is_begun(
     assert "bf16, seed 0: Step 2 stopped the run" in capsys.readouterr().out
     (only,) = receipts.read("precision", folder=tmp_path)
     assert only.shapes["variant"] == "fp8-tensor"
+
+
+def test_without_masters_nothing_of_a_weight_is_left_that_bf16_does_not_hold():
+    state = precision._begin(precision.NO_MASTERS, 0, corpus.load(), 1)
+    precision._step(state)
+    assert any((w != w.bfloat16()).any() for w in state.model.parameters())
+    precision._forget_masters(state)
+    assert all(torch.equal(w, w.bfloat16().float()) for w in state.model.parameters())
+    for own, weight in zip(state.worker.parameters(), state.model.parameters()):
+        assert torch.equal(own.float(), weight)
