@@ -21,6 +21,7 @@ BENCHES = {
     "fp8": "dsv3_tutorial.bench.fp8",
     "precision": "dsv3_tutorial.bench.precision",
     "gradients": "dsv3_tutorial.bench.gradients",
+    "network": "dsv3_tutorial.bench.network",
 }
 
 

@@ -40,12 +40,10 @@ class Fp8Experts(Experts):
         self.engine, self.scaling = experts.engine, scaling
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        order, counts = dispatch(indices, len(self.gate_up_proj))
+    def run(self, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor):
+        order, counts = dispatch(indices, len(gate_up))
         rows = permute(x, order, indices.shape[1])  # (M * K, D)
-        every = zip(
-            rows.split(counts.tolist()), self.gate_up_proj.unbind(), self.down_proj.unbind()
-        )
+        every = zip(rows.split(counts.tolist()), gate_up.unbind(), down.unbind())
         outs = [self._expert(own, into, back) for own, into, back in every if len(own)]
         return combine(torch.cat(outs), order, weights) if outs else torch.zeros_like(x)
 
@@ -88,6 +86,11 @@ def _in_fp8(path: str, module: nn.Module, scaling: Scaling) -> nn.Module | None:
         return Fp8MLP(module, scaling)
     if type(module) is Experts:
         return Fp8Experts(module, scaling)
+    if isinstance(module, Experts) and not isinstance(module, Fp8Experts):
+        raise TypeError(
+            f"{path} is {type(module).__name__}: experts that are spread over ranks already would "
+            "stay out of FP8. Call to_fp8 first and expert_parallel after it."
+        )
     if type(module) is nn.Linear and is_fp8(f"{path}.weight"):
         cache = "e5m6" if path.endswith(".o_proj") else "e4m3"
         return Fp8Linear.of(module, scaling, cache)

@@ -18,6 +18,7 @@ from dsv3_tutorial.files import data_path
 # fp16 and fp8 sum in float32; _acc16 is the rate with float16 sums, which GeForce runs at double.
 FORMATS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp16_acc16", "fp8", "fp8_acc16", "int8")
 CONFIDENCES = ("published", "paper", "third-party", "measured")
+_LINK_NUMBERS = ("bandwidth", "domain", "effective")  # in the order of Link's fields
 _NUMBERS = ("memory_bytes", "memory_bandwidth", "l2_bytes", "power_w")
 
 
@@ -40,6 +41,7 @@ class Link:
     kind: str
     bandwidth: float | None
     domain: int | None = None  # GPUs that reach each other over it; None: no fixed number
+    effective: float | None = None  # of the bandwidth, what is reached, where somebody says
 
 
 def _frozen() -> Any:
@@ -204,7 +206,7 @@ def _cells(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     links = {
         f"{link}.{name}": raw[link][name]
         for link in ("scale_up", "scale_out")
-        for name in ("bandwidth", "domain")
+        for name in _LINK_NUMBERS
         if name in raw[link]
     }
     rates = {f"rates.{fmt}": cell for fmt, cell in raw["rates"].items()}
@@ -215,7 +217,7 @@ def _chip(name: str, raw: Mapping[str, Any], sources: Mapping[str, Source]) -> C
     cells = _cells(raw)
     values = {key: cell["value"] for key, cell in cells.items()}
     links = [
-        Link(raw[way]["kind"], values[f"{way}.bandwidth"], values.get(f"{way}.domain"))
+        Link(raw[way]["kind"], *(values.get(f"{way}.{n}") for n in _LINK_NUMBERS))
         for way in ("scale_up", "scale_out")
     ]
     named = {key: sources[cell["source"]] for key, cell in cells.items() if "source" in cell}

@@ -25,6 +25,8 @@ def test_the_chips_are_those_the_course_names():
 def test_every_number_has_a_source_and_every_gap_a_reason(name):
     chip = hardware.chip(name)
     fields = {f"rates.{fmt}" for fmt in FORMATS} | set(NUMBERS)
+    links = {"scale_up": chip.scale_up, "scale_out": chip.scale_out}
+    fields |= {f"{way}.effective" for way, link in links.items() if link.effective is not None}
     assert set(chip.sources) | set(chip.reasons) == fields
     assert not set(chip.sources) & set(chip.reasons)
     assert all(
@@ -61,6 +63,19 @@ def test_links_are_counted_in_one_direction():
     assert hardware.chip("h800").scale_out.bandwidth == 50e9
     # ISCA section 4.3 calls 200 : 50 about 4 : 1; the report's 160 : 50 is what is achieved
     assert hardware.chip("h800").scale_up.bandwidth / 50e9 == 4
+
+
+def test_what_links_reach_is_published_of_the_h800_alone_and_less_than_the_peak():
+    effective = {
+        name: (chip.scale_up.effective, chip.scale_out.effective)
+        for name, chip in ((name, hardware.chip(name)) for name in NAMES)
+    }
+    assert effective.pop("h800") == (160e9, 40e9)
+    assert set(effective.values()) == {(None, None)}
+    h800 = hardware.chip("h800")
+    assert h800.sources["scale_up.effective"].confidence == "paper"
+    for link in (h800.scale_up, h800.scale_out):
+        assert link.effective / link.bandwidth == 0.8
 
 
 def test_an_h800_is_an_h100_but_for_its_nvlink_and_its_fp64():

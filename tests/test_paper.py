@@ -107,5 +107,5 @@ def test_the_training_cost_adds_up():
 def test_an_unknown_row_or_table_is_answered_with_what_there_is():
     with pytest.raises(KeyError, match=r"no printed number 'x'.*kv_cache\.deepseek-v3"):
         paper.row("x")
-    with pytest.raises(KeyError, match=r"no table 'x'.*kv_cache, memory_wall"):
+    with pytest.raises(KeyError, match=r"no table 'x'.*kv_cache, limits, memory_wall"):
         paper.rows("x")

@@ -57,7 +57,9 @@ class Exercise:
 
     difficulty and importance are out of 5; lines is about what a solution takes; needs names the
     globals that the reference uses beside torch, math and torch.nn.functional as F. compare(got,
-    expected) says what is wrong, or None, where equality is not the question.
+    expected) says what is wrong, or None, where equality is not the question. run(function, *args)
+    puts a case to a function where one call is not the question, but the ranks of a group: its
+    result is what is compared, and a case's arguments are then run's.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Exercise:
     needs: tuple[str, ...] = ()
     seconds: float = SECONDS
     compare: Callable[[Any, Any], str | None] | None = None
+    run: Callable[..., Any] | None = None
 
     @property
     def concept(self) -> str:

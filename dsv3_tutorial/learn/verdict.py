@@ -5,6 +5,7 @@ values, input left alone, cost. A wrong result is compared with what known wrong
 that the line can name the mistake.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from dsv3_tutorial.learn.attempt import attempted, first_line, forget, line_of, stable
 from dsv3_tutorial.learn.compare import difference
 from dsv3_tutorial.learn.limits import Clock, TimeUp, nothing_changed, quiet
-from dsv3_tutorial.learn.registry import Case, Exercise
+from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
 PASSED, NOT_YET = "passed", "not_yet"
 RAISED, NOT_ATTEMPTED = "raised", "not_attempted"
@@ -73,16 +74,17 @@ def _wrong_form(exercise: Exercise, function: Any) -> str | None:
     if inspect.isgeneratorfunction(function):
         return "the function holds a yield, so it returns a generator; use return"
     try:
-        inspect.signature(function).bind(*exercise.cases[0].make())
+        names = inspect.signature(exercise.function).parameters
+        inspect.signature(function).bind(*(names if exercise.run else exercise.cases[0].make()))
     except TypeError:
-        wanted = ", ".join(inspect.signature(exercise.function).parameters)
+        wanted = ", ".join(names)
         return f"the function must take ({wanted}); the first line of the cell was changed"
     return None
 
 
 def _judge_cases(exercise: Exercise, function: Callable, clock: Clock) -> tuple[str, str]:
     for case in exercise.cases:
-        outcome = _run(function, case, clock)
+        outcome = _run(exercise, function, case, clock)
         wrong = _what_is_wrong(exercise, case, outcome) or _cost(exercise, function, case, clock)
         if wrong is None:
             continue
@@ -110,16 +112,28 @@ def _what_is_wrong(exercise: Exercise, case: Case, outcome: Outcome) -> tuple[st
         return NOT_YET, f"it did not finish within {seconds}. Is there a loop without an end?"
     if outcome.error is not None:
         return RAISED, _error_text(outcome)
-    expected = exercise.function(*case.make())
+    expected = _bound(exercise, exercise.function)(*case.make())
     text = _differ(exercise, outcome.result, expected, not case.hidden)
     text = text or outcome.changed
     return (NOT_YET, f"{title}: {text}.") if text else None
 
 
-def _run(function: Callable, case: Case, clock: Clock | None) -> Outcome:
-    args = case.make()
+def _bound(exercise: Exercise, function: Callable) -> Callable:
+    """What a case is put to: the function, or the exercise's own way to run it."""
+    if exercise.run is None:
+        return function
+
+    @functools.wraps(function)  # the time limit finds the learner's own functions through it
+    def run(*args: Any) -> Any:
+        return exercise.run(function, *args)
+
+    return run
+
+
+def _run(exercise: Exercise, function: Callable, case: Case, clock: Clock | None) -> Outcome:
+    args, call = case.make(), _bound(exercise, function)
     try:
-        result = clock.call(function, args) if clock else function(*args)
+        result = clock.call(call, args) if clock else call(*args)
     except BaseException as error:  # sys.exit, TimeUp and the stop button included
         line = line_of(error, function)
         forget(error)
@@ -184,12 +198,16 @@ def _name_mistake(
     exercise: Exercise, function: Callable, case: Case, outcome: Outcome, clock: Clock
 ) -> str | None:
     """The message of the mutant that does just what the learner's function does, if one does."""
-    alike = [m for m in exercise.mutants if _alike(outcome, _run(m.function, case, None), exercise)]
+
+    def like(known: Mutant, one: Outcome, at: Case) -> bool:
+        return _alike(one, _run(exercise, known.function, at, None), exercise)
+
+    alike = [m for m in exercise.mutants if like(m, outcome, case)]
     for other in exercise.cases:  # until one is left: two mistakes can agree on one case
         if len(alike) < 2:
             break
-        mine = _run(function, other, clock)
-        alike = [m for m in alike if _alike(mine, _run(m.function, other, None), exercise)] or alike
+        mine = _run(exercise, function, other, clock)
+        alike = [m for m in alike if like(m, mine, other)] or alike
     return alike[0].message if alike else None
 
 

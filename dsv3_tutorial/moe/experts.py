@@ -190,7 +190,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_experts, hidden_size, width))
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        return run_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.engine)
+        return self.run(x, indices, weights, self.gate_up_proj, self.down_proj)
+
+    def run(self, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor):
+        """What this kind of experts computes, with matrices that are handed in."""
+        return run_experts(x, indices, weights, gate_up, down, self.engine)
 
 
 class _Permute(torch.autograd.Function):

@@ -58,21 +58,33 @@ def plain_state(state: Resumable) -> dict[str, Any]:
     }
 
 
-def targets(state: Resumable, saved: Mapping[str, Any], rank: int) -> dict[str, Tensor]:
+def model_kinds(state: Resumable) -> dict[str, list]:
+    """Each tensor of the model that this rank holds, whole or in part: name -> [dtype, shape]."""
+    held = state.model.state_dict().items()
+    return {f"model.{key}": described(value.dtype, value.shape) for key, value in held}
+
+
+def targets(
+    state: Resumable, saved: Mapping[str, Any], rank: int, ours: Mapping[str, list] | None = None
+) -> dict[str, Tensor]:
     """Tensors to read a checkpoint into, by name: the model's own, fresh ones for the rest.
 
-    saved: name -> [dtype, shape]. A sharded parameter gets sharded optimizer state. Raises
-    StateError, before anything is read, when the model is not the one that was saved.
+    saved: name -> [dtype, shape]. ours: `model_kinds` of all ranks together, where they hold other
+    layers. A sharded parameter gets sharded optimizer state, and one that another rank updates
+    none. Raises StateError, before anything is read, when the model is not the one that was saved.
     """
+    ours = model_kinds(state) if ours is None else ours
+    _refuse_other_model(ours, {k: v for k, v in saved.items() if k.startswith("model.")})
     into = {f"model.{key}": value for key, value in state.model.state_dict().items()}
-    _refuse_other_model(into, {k: v for k, v in saved.items() if k.startswith("model.")})
-    parameters = dict(state.model.named_parameters())
+    updated = {id(p) for group in _groups(state) for p in group["params"]}
+    parameters = {n: p for n, p in state.model.named_parameters() if id(p) in updated}
     fused = any(group.get("fused") or group.get("capturable") for group in _groups(state))
     for name, (dtype, shape) in saved.items():
         kind, rest = name.split(".", 1)
         if kind == "optimizer":
-            of = parameters[rest.rpartition(".")[0]]
-            into[name] = _beside(of, getattr(torch, dtype), shape, fused)
+            of = parameters.get(rest.rpartition(".")[0])
+            if of is not None:
+                into[name] = _beside(of, getattr(torch, dtype), shape, fused)
         elif kind == "sampler" or (kind == "random" and rest.startswith(f"{rank}.")):
             into[name] = torch.empty(shape, dtype=getattr(torch, dtype))
     return into
@@ -88,7 +100,10 @@ def put_back(
     for name, value in _under("optimizer.", tensors).items():
         of, _, key = name.rpartition(".")
         state.optimizer.state[parameters[of]][key] = value
-    for group, rate in zip(_groups(state), plain["learning_rates"], strict=True):
+    rates = plain["learning_rates"]
+    if len(rates) != len(_groups(state)):  # another layout has other groups, and one rate for all
+        rates = [rates[0]] * len(_groups(state))
+    for group, rate in zip(_groups(state), rates, strict=True):
         group["lr"] = rate
     state.sampler.load_state_dict({**plain["sampler"], **_under("sampler.", tensors)})
     restore_random_states(_under(f"random.{rank}.", tensors))
@@ -121,14 +136,13 @@ def restore_random_states(states: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _refuse_other_model(ours: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-    mine = {name: described(t.dtype, t.shape) for name, t in ours.items()}
-    other = sorted(n for n in mine.keys() | saved.keys() if mine.get(n) != saved.get(n))
+def _refuse_other_model(ours: Mapping[str, list], saved: Mapping[str, Any]) -> None:
+    other = sorted(n for n in ours.keys() | saved.keys() if ours.get(n) != saved.get(n))
     if other:
         first = other[0]
         raise StateError(
             f"The checkpoint is of another model: {len(other)} tensors differ, {first} first "
-            f"({saved.get(first, 'absent')} in the checkpoint, {mine.get(first, 'absent')} here). "
+            f"({saved.get(first, 'absent')} in the checkpoint, {ours.get(first, 'absent')} here). "
             "Some weights would stay untrained. Resume with the config that the run began with."
         )
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dsv3_tutorial.parallel.data import Ranks
 from dsv3_tutorial.train.corpus import Corpus, windows
 from dsv3_tutorial.train.recipe import Recipe
-from dsv3_tutorial.train.step import draft_nats, nats, predict
+from dsv3_tutorial.train.step import Pipe, draft_nats, nats, predict
 
 AT_ONCE = 8  # windows in one forward pass
 
@@ -23,20 +23,26 @@ def bits_per_byte(nats_per_symbol: float, target: Tensor, symbol_bytes: Tensor) 
 
 @torch.no_grad()
 def held_out(
-    model: nn.Module, corpus: Corpus, recipe: Recipe, ranks: Ranks
+    model: nn.Module, corpus: Corpus, recipe: Recipe, ranks: Ranks, pipe: Pipe | None = None
 ) -> tuple[float, float | None]:
     """Bits per byte of the main head, and of the MTP heads (their mean; None without any).
 
     Over `evaluate_windows` windows, spread evenly over the held-out text: the same ones each time.
-    Every rank reads all of them. An MTP head answers for one symbol further, so it is never better.
+    Every rank reads all of them; where `pipe` joins stages, `model` is this rank's. An MTP head
+    answers for one symbol further, so it is never better.
     """
     data, at_once = corpus.held_out, min(AT_ONCE, recipe.evaluate_windows)
     count = math.ceil(recipe.evaluate_windows / at_once)
     found = []
     for batch in windows(data, at_once, recipe.seq_len, count):
         on_device = batch.to(ranks.device)
-        logits, drafts = predict(model, on_device[:, :-1], drafts=True)
-        both = (nats(logits, on_device[:, 1:]), draft_nats(drafts, on_device))
+        both = _nats(model, on_device) if pipe is None else pipe.held_out(on_device)
         found.append([bits_per_byte(x.item(), batch[:, 1:], corpus.symbol_bytes) for x in both])
     main, mtp = (sum(column) / len(found) for column in zip(*found))
     return main, mtp if model.cfg.num_nextn_predict_layers else None
+
+
+def _nats(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of the main head and of the MTP heads on (B, S + 1), in nats per symbol."""
+    logits, drafts = predict(model, batch[:, :-1], drafts=True)
+    return nats(logits, batch[:, 1:]), draft_nats(drafts, batch)

@@ -78,8 +78,11 @@ def first_bad(state: "TrainingState", rows: Tensor, ranks: Ranks) -> str:
     if anywhere(weight, ranks):
         return weight or ELSEWHERE
     with torch.no_grad(), _outputs(state.worker) as bad:
-        drafts = {"drafts": True} if state.worker.cfg.num_nextn_predict_layers else {}
-        state.worker(rows[:, :-1], **drafts)
+        if state.pipe is not None:
+            state.pipe.held_out(rows)
+        else:
+            drafts = {"drafts": True} if state.worker.cfg.num_nextn_predict_layers else {}
+            state.worker(rows[:, :-1], **drafts)
     if bad:
         return f"the output of {bad[0] or 'the model'}"
     for name, p in reversed(list(state.model.named_parameters())):

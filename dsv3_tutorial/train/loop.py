@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_tutorial.train.corpus import Corpus, sample, windows
+from dsv3_tutorial.train.optimizer import groups
+from dsv3_tutorial.train.recipe import BETAS
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,8 @@ def bits_per_byte(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: norms and biases have no scale to keep small."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    """AdamW with the groups that every run has, and torch's own choice of kernel."""
+    return torch.optim.AdamW(groups(model.parameters()), lr=lr, betas=BETAS)
 
 
 @torch.no_grad()

@@ -10,17 +10,23 @@ from typing import Any
 import torch
 
 from dsv3_tutorial.config import ConfigError, ModelConfig, preset_names
+from dsv3_tutorial.parallel.mesh import Layout
+from dsv3_tutorial.train import layout as layouts
 from dsv3_tutorial.train import recipe as recipes
 from dsv3_tutorial.train.recipe import Recipe, RecipeError
 
 STEPS = 1000
 STDLIB = "stdlib"
+ALONE = Layout()
 NAMES = tuple(field.name for field in fields(Recipe))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is possible: what trains, on what, how, and where it is written."""
+    """A run that is possible: what trains, on what, how, where it is written, on which ranks.
+
+    `laid_out`: whether the layout was asked for, and so is the run's own from now on.
+    """
 
     config: ModelConfig
     config_name: str
@@ -28,6 +34,8 @@ class Plan:
     recipe: Recipe
     out: Path
     resume: bool
+    layout: Layout = ALONE
+    laid_out: bool = False
 
     @property
     def folder(self) -> Path | None:
@@ -35,12 +43,13 @@ class Plan:
         return None if self.text == STDLIB else Path(self.text)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        values = {
             "config_name": self.config_name,
             "config": self.config.to_dict(),
             "text": self.text,
             "recipe": self.recipe.to_dict(),
         }
+        return values | ({"layout": layouts.to_dict(self.layout)} if self.laid_out else {})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="go on with the run in --out")
     made.add_argument("--config", help=f"{', '.join(preset_names())} or a config.json (small)")
     made.add_argument("--text", help="a folder of text files, or stdlib (the default)")
-    for flag, kind, about in OPTIONS:
+    for flag, kind, about in (*OPTIONS, *layouts.OPTIONS):
         made.add_argument(f"--{flag.replace('_', '-')}", type=_lenient(kind), help=about)
     made.add_argument("--recompute", action="store_true", default=None, help=RECOMPUTE)
     made.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
@@ -127,9 +136,22 @@ def plan(options: argparse.Namespace) -> Plan:
     problems += _machine_problems(options)
     if config is not None and recipe is not None:
         config = _fit(config, recipe, problems)
-    if problems:
+    if config is None or recipe is None:
         raise RecipeError(problems)
-    return Plan(config, name, text, recipe, options.out, options.resume)
+    made = Plan(config, name, text, recipe, options.out, options.resume)
+    return _spread(made, options, None, problems)
+
+
+def _spread(
+    made: Plan, options: argparse.Namespace, before: Layout | None, problems: list[str]
+) -> Plan:
+    """The plan on the ranks that there are. Raises RecipeError with every problem so far."""
+    asked = {name: getattr(options, name, None) for name in layouts.NAMES}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    layout, wrong = layouts.chosen(asked, before, made.config, made.recipe)
+    if problems := problems + wrong:
+        raise RecipeError(problems)
+    return replace(made, layout=layout, laid_out=bool(asked) or layout is before)
 
 
 def _before(options: argparse.Namespace, problems: list[str]) -> dict[str, Any] | None:
@@ -137,7 +159,7 @@ def _before(options: argparse.Namespace, problems: list[str]) -> dict[str, Any] 
     path = options.out / "run.json"
     if not path.exists():
         return None
-    if options.resume:
+    if options.resume or layouts.restarted(path):
         return _begun(path)
     problems.append(
         f"out = {options.out.name!r}: a run is there already, and would be lost; "
@@ -152,7 +174,9 @@ def _begun(path: Path) -> dict[str, Any]:
         before = json.loads(path.read_text(encoding="utf-8"))
         Recipe.from_dict(before["recipe"])
         ModelConfig.from_dict(before["config"])
-        return {name: before[name] for name in ("config_name", "config", "text", "recipe")}
+        layout = layouts.written(before["layout"]) if "layout" in before else None
+        kept = {name: before[name] for name in ("config_name", "config", "text", "recipe")}
+        return {**kept, "layout": layout}
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{path.name} is not as a run wrote it ({type(error).__name__})"
         raise RecipeError([f"out = {path.parent.name!r}: {problem}"]) from None
@@ -171,10 +195,11 @@ def _resumed(
     ]
     changed = {name: value for name, value in given.items() if name in CHANGEABLE}
     recipe = _recipe({**before["recipe"], **changed}, problems)
-    if problems:
+    if recipe is None:
         raise RecipeError(problems)
     config = ModelConfig.from_dict(before["config"])
-    return Plan(config, before["config_name"], before["text"], recipe, options.out, resume=True)
+    made = Plan(config, before["config_name"], before["text"], recipe, options.out, resume=True)
+    return _spread(made, options, before["layout"], problems)
 
 
 CHANGEABLE = ("steps", "evaluate_every", "evaluate_windows", "save_every")

@@ -33,11 +33,11 @@ def worker_for(model: nn.Module, precision: str | Scaling, share: bool = True) -
         return worker
     scaling = FP8_SCALINGS[precision] if isinstance(precision, str) else precision
     worker = to_fp8(worker, scaling)
-    return _share(worker, model) if share else worker
+    return share_masters(worker, model) if share else worker
 
 
-def _share(worker: nn.Module, model: nn.Module) -> nn.Module:
-    """Put the masters in the place of the weights that FP8 products read."""
+def share_masters(worker: nn.Module, model: nn.Module) -> nn.Module:
+    """Put the masters in the place of the weights that FP8 products read; nothing without those."""
     for name in sorted(fp8_weights(worker)):
         path, _, own = name.rpartition(".")
         setattr(worker.get_submodule(path), own, model.get_parameter(name))

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import platform
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -19,26 +18,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dsv3_tutorial.cost import params
 from dsv3_tutorial.files import write_whole
 from dsv3_tutorial.model import DeepSeekV3
-from dsv3_tutorial.parallel.data import Ranks, gathered_state, joined, shard
+from dsv3_tutorial.parallel.data import Ranks, gathered_state, joined
 from dsv3_tutorial.train import corpus, evaluate, fault
+from dsv3_tutorial.train.begin import fresh_state, introduction, read_text
+from dsv3_tutorial.train.layout import job
 from dsv3_tutorial.train.log import Log
 from dsv3_tutorial.train.options import CHANGEABLE, Plan, parser, plan
-from dsv3_tutorial.train.precision import recompute_blocks, take_weights, worker_for
+from dsv3_tutorial.train.precision import take_weights
 from dsv3_tutorial.train.profile import Phases, Trace
-from dsv3_tutorial.train.recipe import Recipe, RecipeError
 from dsv3_tutorial.train.sealed import RunLock
 from dsv3_tutorial.train.state import Checkpoints
-from dsv3_tutorial.train.step import TrainingState, Update, optimizer_for, train_step
+from dsv3_tutorial.train.step import TrainingState, Update, train_step
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the options say. Raises RecipeError, StateError or NotFinite, with the reason."""
     options = parser().parse_args(argv)
     planned = plan(options)
-    with joined(options.device) as ranks:
+    with joined(options.device, planned.layout) as ranks:
         ranks.sum(torch.zeros(1, device=ranks.device))  # all have read the folder before one writes
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -48,13 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(planned: Plan, options: argparse.Namespace, ranks: Ranks) -> None:
     """Begin or take up the run, train it to its last step, and write the model."""
-    _check_share(planned.recipe, ranks)
     with RunLock(planned.out) if ranks.first else contextlib.nullcontext():
         text = read_text(planned, ranks)
         identity = {"text": text.fingerprint(), "config": planned.config.to_dict()}
         state = fresh_state(planned, text, ranks)
         saved = Checkpoints(planned.out / "checkpoints", free=CHANGEABLE, identity=identity)
-        _say(ranks, _introduction(planned, text))
+        _say(ranks, introduction(planned, text))
         if planned.resume:
             step = saved.restore_latest(state)
             _say(ranks, f"resumed after step {step}" if step else "no checkpoint yet: from step 0")
@@ -109,7 +107,8 @@ class Run:
         row = self._row(update, batch, rate, spent)
         if self._due(recipe.evaluate_every):
             with self.phases("evaluation"):
-                main, mtp = evaluate.held_out(self.state.worker, self.text, recipe, self.ranks)
+                seen_by = self.state.worker, self.text, recipe, self.ranks, self.state.pipe
+                main, mtp = evaluate.held_out(*seen_by)
             row |= {"held_out": main} | ({} if mtp is None else {"held_out_mtp": mtp})
         return row
 
@@ -165,57 +164,6 @@ class Run:
                 print(_line(row), flush=True)
 
 
-def read_text(planned: Plan, ranks: Ranks) -> corpus.Corpus:
-    """The text as bytes, or in the run's own vocabulary, which the first rank learns for all."""
-    if planned.recipe.tokenizer == "bytes":
-        return corpus.load(planned.folder)
-    from dsv3_tutorial.train import bpe  # tokenizers, which a run on bytes does without
-
-    path, size = planned.out / "tokenizer.json", planned.recipe.vocab_size
-    if ranks.first and not (planned.resume and path.exists()):
-        write_whole(path, bpe.vocabulary(planned.folder, size))
-    ranks.sum(torch.zeros(1, device=ranks.device))
-    return bpe.load(planned.folder, size, path.read_text(encoding="utf-8"))
-
-
-def fresh_state(planned: Plan, text: corpus.Corpus, ranks: Ranks) -> TrainingState:
-    """The run before its first step; the seed decides weights and order."""
-    recipe = planned.recipe
-    torch.manual_seed(recipe.seed)
-    random.seed(recipe.seed)
-    model = DeepSeekV3(planned.config).to(ranks.device)
-    worker = worker_for(model, recipe.precision, share=ranks.size == 1)
-    if recipe.recompute:
-        recompute_blocks(worker)
-    worker = shard(worker, ranks)
-    model = worker if recipe.precision == "float32" else shard(model, ranks)
-    sampler = corpus.Sampler(text.train, recipe.batch, recipe.seq_len, recipe.seed, text.place)
-    corpus.check_window(text.held_out, recipe.seq_len)
-    optimizer = optimizer_for(model, recipe.peak_lr, recipe.moments_in)
-    return TrainingState(model, optimizer, sampler, recipe, 0, worker)
-
-
-def _check_share(recipe: Recipe, ranks: Ranks) -> None:
-    parts = ranks.size * recipe.micro_batches
-    if recipe.batch % parts:
-        raise RecipeError(
-            [f"batch = {recipe.batch}: {ranks.size} ranks of {recipe.micro_batches} micro-batches"]
-        )
-
-
-def _introduction(planned: Plan, text: corpus.Corpus) -> str:
-    counted, recipe = params.count(planned.config), planned.recipe
-    seen = recipe.steps * recipe.batch * recipe.seq_len
-    return (
-        f"{planned.config_name}: {planned.config.num_hidden_layers} layers, "
-        f"{counted.total / 1e6:.2f} M parameters, {counted.activated / 1e6:.2f} M activated a "
-        f"token, {counted.mtp / 1e6:.2f} M more for multi-token prediction\n"
-        f"text: {text.train_files} files to train on, {text.held_out_files} held out; "
-        f"{len(text.train) / 1e6:.2f} M and {len(text.held_out) / 1e6:.2f} M symbols\n"
-        f"{recipe.steps} steps of {recipe.batch} x {recipe.seq_len} symbols: {seen / 1e6:.2f} M"
-    )
-
-
 def _line(row: dict[str, Any]) -> str:
     said = f"step {row['step']:>6}  loss {row['bits_per_byte']:.3f}  held out {row['held_out']:.3f}"
     said += f", two ahead {row['held_out_mtp']:.3f}" if "held_out_mtp" in row else ""
@@ -232,12 +180,13 @@ def _say(ranks: Ranks, text: str) -> None:
 def _write_plan(planned: Plan, text: corpus.Corpus) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     written = {**planned.to_dict(), "fingerprint": text.fingerprint(), "made_with": versions}
+    written |= {"job": job()} if job() else {}
     write_whole(planned.out / "run.json", json.dumps(written, indent=1) + "\n")
 
 
 def _save_model(planned: Plan, state: TrainingState, ranks: Ranks, dtype: str) -> None:
     """DIR/model from the whole weights, whatever they were sharded and wrapped in."""
-    weights = gathered_state(state.model)
+    weights = gathered_state(state.model, ranks)
     if not ranks.first:
         return
     whole = DeepSeekV3(planned.config)

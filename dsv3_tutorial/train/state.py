@@ -20,10 +20,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
+from dsv3_tutorial.parallel.data import from_a_peer
+from dsv3_tutorial.parallel.mesh import TIMEOUT
 from dsv3_tutorial.train import sealed
-from dsv3_tutorial.train.contents import Resumable, plain_state, put_back, targets, tensor_state
+from dsv3_tutorial.train.contents import (
+    Resumable,
+    model_kinds,
+    plain_state,
+    put_back,
+    targets,
+    tensor_state,
+)
 from dsv3_tutorial.train.sealed import Damaged, StateError
 from dsv3_tutorial.train.storage import Reader, Writer
+
+WRITING = 6 * TIMEOUT  # ranks wait here for each other's disks
 
 
 class Checkpoints:
@@ -48,7 +59,9 @@ class Checkpoints:
         self.report = report or (lambda line: tqdm.write(line, file=sys.stderr))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # a group of its own: the writer's messages must not meet the training's
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=WRITING)
         self.pending: tuple[int, Future] | None = None
         self.failure: str | None = None
         left = sealed.clean(folder) if self.rank == 0 else ()
@@ -103,12 +116,20 @@ class Checkpoints:
         if facts is None:
             return 0
         folder = sealed.folder_for(self.folder, facts["step"])
-        tensors = targets(state, facts["tensors"], self.rank)
+        tensors = targets(state, facts["tensors"], self.rank, self._kinds(state))
         _silence_single_process()
         dcp.load(tensors, storage_reader=Reader(folder), process_group=self.group)
         put_back(state, tensors, facts["plain"], self.rank)
         state.step = facts["step"]
         return state.step
+
+    def _kinds(self, state: Resumable) -> dict[str, list]:
+        """What all ranks hold of the model between them: a stage of a pipeline holds its layers."""
+        found = [model_kinds(state)]
+        if self.group is not None:
+            found *= dist.get_world_size(self.group)
+            dist.all_gather_object(found, found[0], group=self.group)
+        return {name: kind for one in found for name, kind in one.items()}
 
     def _asked(self, state: Resumable) -> dict[str, Any]:
         return json.loads(json.dumps({**state.recipe.to_dict(), **self.identity}))
@@ -161,11 +182,13 @@ class Checkpoints:
     def _failed(self, step: int, error: BaseException) -> None:
         if self.rank == 0:
             shutil.rmtree(sealed.writing_folder(self.folder, step), ignore_errors=True)
-        kept = self.steps()
+        why = reason(error, self.folder)
+        then = "Free some space; the next checkpoint is tried all the same."
+        if from_a_peer(error):
+            why, then = "another rank has ended or hangs", "Start all of them again, with --resume."
         self.failure = (
-            f"The checkpoint of step {step} could not be written ({reason(error, self.folder)}). "
-            f"Its half is removed, and {_standing(kept)}: a run that ended now would go on from "
-            "there. Free some space; the next checkpoint is tried all the same."
+            f"The checkpoint of step {step} could not be written ({why}). Its half is removed, and "
+            f"{_standing(self.steps())}: a run that ended now would go on from there. {then}"
         )
         self._say(self.failure)
 

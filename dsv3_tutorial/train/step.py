@@ -4,26 +4,45 @@ B sequences of S symbols; a batch (B, S + 1) holds inputs and what follows them.
 technical report, sections 2.1.2 (balance), 2.2 (multi-token prediction) and 4.2 (the numbers).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dsv3_tutorial.moe.balance import Watch, max_violation, update_biases, watch
 from dsv3_tutorial.moe.balance_losses import batch_wise_loss, sequence_wise_loss
 from dsv3_tutorial.parallel.data import Ranks, synchronise
+from dsv3_tutorial.parallel.replicas import Replicas
 from dsv3_tutorial.train.corpus import Sampler
 from dsv3_tutorial.train.fault import report
 from dsv3_tutorial.train.moments import Bf16Moments
+from dsv3_tutorial.train.optimizer import groups
 from dsv3_tutorial.train.precision import give_gradients, take_weights
-from dsv3_tutorial.train.recipe import BETAS, CLIP, WEIGHT_DECAY, Recipe
+from dsv3_tutorial.train.recipe import BETAS, CLIP, Recipe
 
 Phases = Callable[[str], AbstractContextManager]
+
+
+class Pipe(Protocol):
+    """What stands in for the model where its layers lie on several ranks (`train.pipelined`)."""
+
+    def accumulate(
+        self, state: "TrainingState", rows: Tensor, phases: Phases
+    ) -> tuple[Tensor, Tensor]:
+        """As `accumulate` below: the means on every stage, the counts of this stage's gates."""
+        ...
+
+    def held_out(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of the main head and of the MTP heads on rows (B, S + 1), in nats, everywhere."""
+        ...
+
+    def after_step(self, model: nn.Module) -> None:
+        """After an update: a second copy of a weight, on another stage, takes the new one."""
+        ...
 
 
 @dataclass
@@ -31,6 +50,8 @@ class TrainingState:
     """All that a run is after `step` updates; what a checkpoint holds to go on bit for bit.
 
     `worker` runs forward and backward: the model itself, unless it is its BF16 copy (`precision`).
+    `replicas` knows who else holds which weights, and `pipe` who holds the other layers: nobody,
+    unless told.
     """
 
     model: nn.Module
@@ -39,9 +60,12 @@ class TrainingState:
     recipe: Recipe
     step: int = 0
     worker: nn.Module | None = None
+    replicas: Replicas | None = None
+    pipe: Pipe | None = None
 
     def __post_init__(self) -> None:
         self.worker = self.worker or self.model
+        self.replicas = self.replicas or Replicas(self.model, Ranks(0, 1, torch.device("cpu")))
 
 
 class Losses(NamedTuple):
@@ -74,19 +98,19 @@ class Update(NamedTuple):
         return each.mean().item(), each.max().item()
 
 
-def optimizer_for(model: nn.Module, lr: float, moments: str = "float32") -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: norms and biases have no scale to keep small.
+def optimizer_for(
+    model: nn.Module,
+    lr: float,
+    moments: str = "float32",
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW on a model's parameters, or on those of them that this rank is to update.
 
     moments: what it keeps of each parameter, twice, in "float32" or in "bf16".
     """
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": decay, "weight_decay": WEIGHT_DECAY},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    made = groups(model.parameters() if parameters is None else parameters)
     kind = Bf16Moments if moments == "bf16" else torch.optim.AdamW
-    return kind(groups, lr=lr, betas=BETAS, fused=True)
+    return kind(made, lr=lr, betas=BETAS, fused=True)
 
 
 def nats(logits: Tensor, target: Tensor) -> Tensor:
@@ -162,26 +186,25 @@ def train_step(state: TrainingState, batch: Tensor, ranks: Ranks, phases: Phases
     Raises NotFinite, with the step, the batch and the tensor, before any weight changes.
     """
     rows = ranks.share(batch).to(ranks.device)
-    means, counts = accumulate(state, rows, phases)
+    means, counts = (state.pipe.accumulate if state.pipe else accumulate)(state, rows, phases)
     with phases("optimizer"):
-        params = [p for p in state.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in params], foreach=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        means = ranks.sum(means) / ranks.size
+        state.replicas.reduce_gradients()
+        norm = state.replicas.norm()
+        means = ranks.sum(means, "dp") / ranks.replica[1]
         loss, mtp, balance, size = torch.cat([means, norm.to(means)[None]]).tolist()
         if not means.sum().add(norm).isfinite():
             numbers = {"loss": loss, "MTP loss": mtp, "gradient norm": size}
             raise report(state, batch, rows, ranks, numbers, state.sampler.place)
         if size > CLIP:
-            clip_grads_with_norm_(params, CLIP, norm, foreach=True)
+            state.replicas.clip_gradients(CLIP, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = state.recipe.learning_rate(state.step)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        counts = _balance(state, ranks.sum(counts) if counts.numel() else counts)
-        take_weights(state.worker, state.model)
+        counts = _balance(state, ranks.sum(counts, "dp") if counts.numel() else counts)
+        _share_weights(state)
     state.step += 1
-    return Update(loss, mtp, balance, size, counts)
+    return Update(loss, mtp, balance, size, ranks.gather_rows(counts, "pp"))
 
 
 def _balance(state: TrainingState, counts: Tensor) -> Tensor:
@@ -190,3 +213,12 @@ def _balance(state: TrainingState, counts: Tensor) -> Tensor:
     if gamma and counts.numel():
         update_biases(state.model, counts, gamma)
     return counts.cpu()
+
+
+@torch.no_grad()
+def _share_weights(state: TrainingState) -> None:
+    """The new weights, to all who compute with them."""
+    state.replicas.share_weights()
+    if state.pipe is not None:
+        state.pipe.after_step(state.model)
+    take_weights(state.worker, state.model)

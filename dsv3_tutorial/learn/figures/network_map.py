@@ -1,0 +1,153 @@
+"""The same exchange on a slower network: what flat, deduplicated and two-stage ways then take.
+
+Green is what moves inside nodes, orange what moves across. Both ask the cost model; what real
+processes sent is played on another network by `network_traces`.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from dsv3_tutorial.config import ModelConfig
+from dsv3_tutorial.cost import comm, comm_moe
+from dsv3_tutorial.learn.figures.network_bars import (
+    COLOURS,
+    Took,
+    bars,
+    h800,
+    legend,
+    ms,
+    once,
+    rows,
+    speeds,
+)
+from dsv3_tutorial.learn.figures.style import COMMUNICATION, INK, MEMORY, figure, finish, note
+
+EXPERT_PARALLEL = 64  # GPUs that share a layer's experts: eight nodes of eight
+WAYS = {
+    "flat": ("flat", False),
+    "deduplicated": ("deduplicated", False),
+    "two stages": ("two_stage", False),
+    "two stages,\nat most 4 nodes": ("two_stage", True),
+}
+RING, TREE, NODES = "flat ring", "tree", "inside nodes first"
+ALGORITHMS = {RING: "ring", TREE: "tree", NODES: "hierarchical"}
+RANKS = range(16)  # two nodes of eight
+
+
+def all_to_all_ways(
+    slower_across: float = 1.0, slower_inside: float = 1.0, tokens: int = 4096
+) -> list[Took]:
+    """One layer's dispatch and combine in DeepSeek-V3 for `tokens` of each of 64 GPUs."""
+    network, cfg = h800(slower_across, slower_inside), ModelConfig.named("deepseek-v3")
+    free = comm_moe.Layer(cfg.n_routed_experts, cfg.num_experts_per_tok, cfg.hidden_size)
+    found = []
+    for name, (scheme, limited) in WAYS.items():
+        layer = replace(free, node_limit=cfg.topk_group) if limited else free
+        asked = (tokens, layer, EXPERT_PARALLEL, network, scheme)
+        sent = [comm_moe.sent_bytes(*asked, width) for width in (comm_moe.FP8, comm_moe.BF16)]
+        total = {tier: sum(way[tier] for way in sent) for tier in COLOURS}
+        found.append(
+            Took(name, total, comm_moe.dispatch_time(*asked) + comm_moe.combine_time(*asked))
+        )
+    return found
+
+
+def all_to_all_retimed(
+    slower_across: float = 1.0, slower_inside: float = 1.0, tokens: int = 4096
+) -> Figure:
+    """Milliseconds of one layer's dispatch and combine, four ways; bars: each tier alone."""
+    ways = all_to_all_ways(slower_across, slower_inside, tokens)
+    network = h800(slower_across, slower_inside)
+    fig, ax = figure(10, 4.0)
+    bars(ax, ways, network)
+    best, flat = min(ways, key=lambda way: way.seconds), ways[0]
+    said = best.said.capitalize()
+    title = f"{said}: {best.seconds * 1e3:.2f} ms a layer, flat {flat.seconds * 1e3:.2f}"
+    note(fig, f"derived: V3, EP {EXPERT_PARALLEL} on 8 nodes, {speeds(network)}")
+    legend(fig)
+    label = "ms, each tier's bytes alone; the line: both, with latency"
+    return finish(fig, ax, title, label, "", legend=False)
+
+
+def all_to_all_retimed_in_words(
+    slower_across: float = 1.0, slower_inside: float = 1.0, tokens: int = 4096
+) -> str:
+    """Each way's time, and what the node limit buys."""
+    ways = all_to_all_ways(slower_across, slower_inside, tokens)
+    said = ", ".join(f"{way.said} {way.seconds * 1e3:.2f} ms" for way in ways)
+    gain = ways[0].seconds / ways[-1].seconds
+    network, last = h800(slower_across, slower_inside), ways[-1].sent
+    by_tier = {tier: last[tier] / getattr(network, tier).bandwidth for tier in COLOURS}
+    slowest = max(by_tier, key=by_tier.__getitem__)
+    return (
+        f"{tokens:,} tokens a GPU, {speeds(network)}: {said}. The last is {gain:.2f} times as "
+        f"fast as flat, and its bytes {slowest} decide."
+    )
+
+
+class Parts(NamedTuple):
+    """One all-reduce: seconds of the steps that the tier inside holds up, and that across does."""
+
+    name: str
+    inside: float
+    across: float
+
+
+def all_reduce_parts(
+    slower_across: float = 1.0, slower_inside: float = 1.0, mb: float = 64.0
+) -> list[Parts]:
+    """An all-reduce of `mb` MB among 16 GPUs on two nodes, three ways; parts add to comm's time."""
+    network, n = h800(slower_across, slower_inside), mb * 1e6
+    found = []
+    for name, algorithm in ALGORITHMS.items():
+        total = comm.all_reduce(n, RANKS, network, algorithm)
+        if name == NODES:
+            inside = 2 * comm.reduce_scatter(n, RANKS[: network.ranks_per_node], network)
+        else:  # every step waits for the slowest link in it
+            size = n / len(RANKS) if name == RING else n
+            inside = total if network.inside.time(size) > network.across.time(size) else 0.0
+        found.append(Parts(name, inside, total - inside))
+    return found
+
+
+def all_reduce_retimed(
+    slower_across: float = 1.0, slower_inside: float = 1.0, mb: float = 64.0
+) -> Figure:
+    """Milliseconds of one all-reduce, three ways, by the tier whose links the steps wait for."""
+    parts = all_reduce_parts(slower_across, slower_inside, mb)
+    fig, ax = figure(10, 3.2)
+    for place, one in enumerate(parts):
+        inside, across = one.inside * 1e3, one.across * 1e3
+        ax.barh(place, inside, 0.6, color=COMMUNICATION, label=once("waiting inside nodes", place))
+        ax.barh(place, across, 0.6, inside, color=MEMORY, label=once("waiting across", place))
+        said = f" {ms(one.inside + one.across)}"
+        ax.text(inside + across, place, said, va="center", fontsize=10, color=INK)
+    rows(ax, [one.name for one in parts])
+    ax.set_xlim(0, max(one.inside + one.across for one in parts) * 1e3 * 1.15 or 1)
+    network, total = h800(slower_across, slower_inside), _totals(parts)
+    gain = total[RING] / total[NODES]
+    note(fig, f"derived: {mb:g} MB, 16 GPUs on 2 nodes of 8, {speeds(network)}")
+    title = f"{NODES.capitalize()}: {ms(total[NODES])}, {gain:.2f} times as fast as a ring"
+    legend(fig)
+    return finish(fig, ax, title, "ms of one all-reduce", "", legend=False)
+
+
+def all_reduce_retimed_in_words(
+    slower_across: float = 1.0, slower_inside: float = 1.0, mb: float = 64.0
+) -> str:
+    """Which way is fastest, and which part of it is spent across."""
+    parts = all_reduce_parts(slower_across, slower_inside, mb)
+    total = _totals(parts)
+    best = min(parts, key=lambda one: one.inside + one.across)
+    said = ", ".join(f"{name} {ms(seconds)}" for name, seconds in total.items())
+    network = h800(slower_across, slower_inside)
+    return (
+        f"{mb:g} MB, {speeds(network)}: {said}. Fastest is {best.name}; "
+        f"{best.across / total[best.name]:.0%} of it waits for the links across."
+    )
+
+
+def _totals(parts: list[Parts]) -> dict[str, float]:
+    return {one.name: one.inside + one.across for one in parts}

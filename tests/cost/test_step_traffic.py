@@ -1,0 +1,126 @@
+"""What a GPU sends in a step: by hand for small layouts, and what must hold for all of them."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_tutorial.config import ModelConfig
+from dsv3_tutorial.cost import comm_moe, params, tiers
+from dsv3_tutorial.cost.step_traffic import Split, experts, gradients, stages, tensor, traffic
+from dsv3_tutorial.cost.tiers import Network, NetworkError, Tier
+
+V3, H800 = ModelConfig.named("deepseek-v3"), tiers.network("h800")
+SMALL = replace(ModelConfig.named("small"), n_group=1, topk_group=1)  # no limit
+D, E, K = SMALL.hidden_size, SMALL.n_routed_experts, SMALL.num_experts_per_tok
+BOTH = 1 + 4 / 128 + 2  # bytes of a number there and back: FP8 with its scale, BF16
+POWERS = st.sampled_from([1, 2, 4, 8])
+
+
+def nodes(of):
+    """A network of nodes of `of` ranks, with round speeds."""
+    return Network(Tier("in", 0.0, 4e9), Tier("out", 0.0, 1e9), of)
+
+
+def reached(parts):
+    """How many of `parts` equal shares of the experts a token's choice touches, all counted."""
+    choices = list(combinations(range(E), K))
+    return sum(len({e * parts // E for e in choice}) for choice in choices) / len(choices)
+
+
+def moe_layers():
+    return sum(SMALL.is_moe_layer(i) for i in range(SMALL.num_hidden_layers))
+
+
+def test_a_small_layout_sends_what_is_counted_by_hand():
+    split, network = Split(pp=2, dp=4, ep=2, tp=2, sequences=8, seq_len=16), nodes(of=4)
+    assert split.gpus == 16 and split.tokens == 32
+    layers = SMALL.num_hidden_layers / 2
+    # two all-reduces forward and two backward; each of 2 ranks sends 2 x half of the 32 D numbers
+    assert tensor(SMALL, network, split) == {"inside": 4 * layers * 32 * D * 2, "across": 0}
+    # forward one way, gradients the other; each of the 2 tensor ranks half
+    assert stages(SMALL, network, split) == {"inside": 0, "across": 2 * 32 * D * 2 / 2}
+    # 2 owners on the 2 places of one node: half of the copies are for oneself
+    sent = experts(SMALL, network, split)
+    copies = reached(2) / 2
+    expected = 2 * moe_layers() / 2 * 16 * D * BOTH * copies
+    assert sent["across"] == 0 and sent["inside"] == pytest.approx(expected)
+    counted = params.count(SMALL)
+    routed = counted.by_part["routed_experts"]
+    rest, own = (counted.total - routed) / 4, routed / 4  # pp x tp, pp x ep
+    # of 4 replicas 2 share a node: half inside, then a ring of 2 nodes passes half of a half;
+    # an expert's 2 replicas lie on different nodes
+    assert gradients(SMALL, network, split) == {
+        "inside": pytest.approx(6 * rest / 2),
+        "across": pytest.approx(6 * (rest / 4 + own / 2)),
+    }
+
+
+def test_experts_on_two_nodes_cross_once_a_node_and_are_forwarded_inside():
+    split = Split(pp=1, dp=4, ep=4, tp=1, sequences=4, seq_len=8)
+    sent = experts(SMALL, nodes(of=2), split)
+    each = 2 * moe_layers() * 8 * D * BOTH
+    assert sent["across"] == pytest.approx(each * reached(2) / 2)
+    assert sent["inside"] == pytest.approx(each * reached(4) / 2)
+
+
+def test_a_narrower_way_back_saves_in_proportion():
+    split = Split(pp=1, dp=4, ep=4, tp=1, sequences=4, seq_len=8)
+    whole = experts(SMALL, nodes(of=2), split)
+    narrow = experts(SMALL, nodes(of=2), split, (1.0, 1.0))
+    assert narrow == {tier: pytest.approx(n * 2 / BOTH) for tier, n in whole.items()}
+
+
+def test_v3_spends_most_on_its_experts_across_and_nothing_on_tensors():
+    found = {kind.name: kind for kind in traffic(V3, H800, Split())}
+    tokens = 15360 * 4096 / 128
+    crossing = comm_moe.nodes_reached(comm_moe.Layer(node_limit=4), 8) * 7 / 8
+    expected = 2 * 58 / 16 * tokens * 7168 * BOTH * crossing
+    assert found["experts"].across == pytest.approx(expected)
+    assert found["experts"].seconds == pytest.approx(expected / 40e9)
+    assert found["stages"].across == pytest.approx(2 * tokens * 7168 * 2)
+    assert [(k.name, k.ranks, k.nodes) for k in found.values()] == [
+        *(("tensor", 1, 1), ("experts", 64, 8), ("stages", 16, 16), ("gradients", 128, 16))
+    ]
+    assert found["tensor"].inside == found["tensor"].across == found["tensor"].seconds == 0
+
+
+@given(pp=POWERS, dp=POWERS, ep=POWERS, tp=POWERS, of=POWERS)
+def test_twice_the_sequences_send_twice_the_tokens_and_the_same_gradients(pp, dp, ep, tp, of):
+    split = Split(pp, dp, min(ep, dp), tp, sequences=8, seq_len=4)
+    cfg, network = replace(SMALL, n_routed_experts=64), nodes(of)
+    pairs = zip(traffic(cfg, network, split), traffic(cfg, network, replace(split, sequences=16)))
+    for once, twice in pairs:
+        factor = 1 if once.name == "gradients" else 2
+        assert twice.inside == pytest.approx(factor * once.inside)
+        assert twice.across == pytest.approx(factor * once.across)
+        assert once.inside >= 0 and once.across >= 0
+        assert once.ranks > 1 or once.inside == once.across == once.seconds == 0
+        if split.gpus <= of:
+            assert once.across == 0 and once.nodes == 1
+
+
+def test_gradients_are_gathered_and_scattered_at_what_a_ring_sends_in_all():
+    """Inside and across together never beat (dp - 1) / dp of the bytes, ZeRO-1's least."""
+    for of in (1, 2, 4, 8, 16):
+        sent = gradients(V3, nodes(of), Split(pp=1, dp=16, ep=1))
+        size = 6 * params.count(V3).total
+        assert sum(sent.values()) == pytest.approx(size * 15 / 16)
+        assert sent["across"] == pytest.approx(size * (1 / of - 1 / 16))
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"ep": 48}, "ep = 48 does not divide dp = 128"),
+        ({"dp": 7, "ep": 1}, "dp = 7 does not divide the step's 15360 sequences"),
+        ({"dp": 36, "ep": 5, "sequences": 35}, "ep = 5 .* dp = 36; dp = 36 .* 35 sequences"),
+        ({"pp": 0, "tp": 1.5}, "pp = 0; tp = 1.5"),
+        ({"pp": True}, "pp = True"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_all_that_is_wrong(layout, said):
+    with pytest.raises(NetworkError, match=said):
+        Split(**layout)
