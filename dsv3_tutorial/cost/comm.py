@@ -3,7 +3,8 @@
 Times are seconds, sizes bytes, bandwidths bytes/s in one direction and per rank. A node is a
 scale-up domain: ranks of one node meet over the tier `inside` (NVLink), others over `across`
 (InfiniBand). Every link is free when asked for: no contention, no congestion, no start-up of
-kernels. A bound with latencies, and the very clock of the virtual cluster in `parallel`.
+kernels. A bound with latencies, and the very clock of the virtual cluster in `parallel`, where
+messages besides wait for a card that is busy: `cost.cards`.
 """
 
 import math

@@ -25,6 +25,7 @@ class Layer:
     top_k: int = 8
     hidden: int = 7168
     node_limit: int | None = None
+    n_group: int | None = None  # given, the limit is of so many groups of experts, not of nodes
 
 
 def nodes_reached(layer: Layer, nodes: int) -> float:
@@ -34,6 +35,8 @@ def nodes_reached(layer: Layer, nodes: int) -> float:
     within them: then the number is min(limit, nodes of the free choice), exactly. V3's gate keeps
     those with the best two (3.95 in a simulation). 8 of 256 on 8 nodes: 5.29, limited to 4: 3.98.
     """
+    if layer.n_group and layer.node_limit:
+        return parts_reached(layer, nodes)
     limit = nodes if layer.node_limit is None else layer.node_limit
     if limit >= nodes:
         return expected_nodes(layer.n_experts, layer.top_k, nodes)
@@ -46,8 +49,27 @@ def ranks_reached(layer: Layer, ranks: int, nodes: int) -> float:
 
     Under a limit: as if top_k were drawn evenly from the experts of `node_limit` whole nodes.
     """
+    if layer.n_group and layer.node_limit:
+        return parts_reached(layer, ranks)
     limit = min(nodes, layer.node_limit or nodes)
     return expected_nodes(layer.n_experts * limit // nodes, layer.top_k, ranks * limit // nodes)
+
+
+def parts_reached(layer: Layer, parts: int) -> float:
+    """Of `parts` equal shares of the experts, those that a token limited to some groups reaches.
+
+    A share of whole groups is reached if a kept group is in it, and nearly every kept group has an
+    expert. Shares smaller than a group: as if drawn evenly from the kept groups, 7 % too few for
+    V3's on 16 nodes (5.32, simulated 5.73) and 3 % on 64 ranks.
+    """
+    groups, limit = layer.n_group, min(layer.n_group, layer.node_limit)
+    if parts < groups:
+        return expected_nodes(groups, limit, parts)
+    if parts == groups:
+        odds = [_odds_of_exactly(j, layer, groups) for j in range(groups + 1)]
+        return sum(p * min(j, limit) for j, p in enumerate(odds))
+    kept = layer.n_experts * limit // groups, parts * limit // groups
+    return expected_nodes(kept[0], layer.top_k, kept[1])
 
 
 def copies(

@@ -89,8 +89,10 @@ class Schedule:
     def timeline(self, times: Times, send: Send = 0) -> list[Slot]:
         """When each operation runs if a device starts it once it is free and its input is there.
 
-        send: seconds between devices, or a function (from, to) -> seconds; a sender goes on at
-        once. Slots by device, then by time. Raises ValueError for orders that wait for each other.
+        send: seconds between devices, or a function (from, to) -> seconds, both on links that are
+        always free; or a `cards.Message`, whose kind leave and reach a device one after the other,
+        as on the virtual clock. A sender goes on at once. Slots by device, then by time. Raises
+        ValueError for orders that wait for each other.
         """
         return schedule_timeline.simulate(self.orders, self.stages, times.of, send)
 

@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dsv3_tutorial.cost.cards import Cards, Message
 from dsv3_tutorial.cost.schedule_orders import BACKWARD, FORWARD, INPUT, WEIGHT, Op
 
 Orders = Sequence[Sequence[Op]]
-Send = float | Callable[[int, int], float]  # seconds, or seconds from one device to another
+# Seconds, or seconds from one device to another, on links always free; or bytes on real cards.
+Send = float | Callable[[int, int], float] | Message
 Result = tuple[str, int, int]  # what is computed ("F" or "G"), micro-batch, stage
 
 
@@ -43,39 +45,64 @@ def simulate(
 ) -> list[Slot]:
     """Every operation at the earliest moment that its device's order and its inputs allow.
 
-    Slots by device, then by time. A message takes `send` and its sender goes on at once. Raises
-    ValueError when devices wait for each other in a circle.
+    Slots by device, then by time. A sender goes on at once; of a Message, all keep the device's
+    cards busy in turn. Raises ValueError when devices wait for each other in a circle.
     """
     lanes: list[list[Slot]] = [[] for _ in orders]
-    done: dict[Result, tuple[int, float]] = {}
+    mail = _Mail(orders, stages, send)
     moved = True
     while moved:
         moved = False
         for device, order in enumerate(orders):
             for op in order[len(lanes[device]) :]:
-                ready = _ready(op, device, stages, done, send)
+                ready = mail.ready(op, device)
                 if ready is None:
                     break
                 start = max(ready, lanes[device][-1].end if lanes[device] else 0)
                 lanes[device].append(Slot(device, start, start + duration(op), op))
-                done.update({result(part): (device, lanes[device][-1].end) for part in op.parts})
+                for part in op.parts:
+                    mail.post(result(part), device, lanes[device][-1].end)
                 moved = True
+        moved = moved or mail.deliver()
     _refuse_a_circle(orders, lanes)
     return [slot for lane in lanes for slot in lane]
 
 
-def _ready(
-    op: Op, device: int, stages: int, done: dict[Result, tuple[int, float]], send: Send
-) -> float | None:
-    """When the last input of an operation arrives at its device; None while one is not computed."""
-    moment = 0
-    for needed in (need for part in op.parts for need in needs(part, stages)):
-        if needed not in done:
-            return None
-        source, end = done[needed]
-        delay = 0 if source == device else send(source, device) if callable(send) else send
-        moment = max(moment, end + delay)
-    return moment
+class _Mail:
+    """When each result is at a device that needs it."""
+
+    def __init__(self, orders: Orders, stages: int, send: Send):
+        self.stages, self.send = stages, send
+        self.cards = Cards(send.network) if isinstance(send, Message) else None
+        self.here: dict[tuple[Result, int], float] = {}
+        self.wanted: dict[Result, set[int]] = {}  # at most one of them is another device
+        for device, order in enumerate(orders):
+            for needed in (n for op in order for part in op.parts for n in needs(part, stages)):
+                self.wanted.setdefault(needed, set()).add(device)
+
+    def ready(self, op: Op, device: int) -> float | None:
+        """When the last input of an operation is at its device; None while one is not known."""
+        needed = (need for part in op.parts for need in needs(part, self.stages))
+        moments = [self.here.get((need, device)) for need in needed]
+        return None if None in moments else max(moments, default=0)
+
+    def post(self, made: Result, source: int, at: float) -> None:
+        """A result is computed, and on its way to the device that needs it."""
+        for to in self.wanted.get(made, ()):
+            if to == source:
+                self.here[made, to] = at
+            elif self.cards:
+                self.cards.post(self.send.n, source, to, at, (made, to))
+            else:
+                delay = self.send(source, to) if callable(self.send) else self.send
+                self.here[made, to] = at + delay
+
+    def deliver(self) -> bool:
+        """Let the message arrive that left first; False if none is under way."""
+        found = self.cards and self.cards.deliver()
+        if found:
+            self.here[found[0]] = found[1]
+        return bool(found)
 
 
 def _refuse_a_circle(orders: Orders, lanes: list[list[Slot]]) -> None:

@@ -4,6 +4,7 @@ from dsv3_tutorial import paper
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.cost import flops
 from dsv3_tutorial.cost.checks import Check
+from dsv3_tutorial.cost.schedule import Schedule, Times
 from dsv3_tutorial.hardware import chip
 
 NETWORKS = ("mpft", "mrft")
@@ -32,6 +33,29 @@ def shares(network: str = "mpft") -> dict[str, float]:
     """Each part's share of the step; the bubble's is 10.3 %."""
     step = printed("step", network)
     return {part: printed(part, network) / step for part in PARTS}
+
+
+def computing(network: str = "mpft") -> float:
+    """Seconds of the step in which a GPU computes: all parts but the bubble and the optimizer."""
+    return sum_of_parts(network) - printed("bubble", network) - printed("optimizer", network)
+
+
+def operation_times(schedule: Schedule, whole: bool, network: str = "mpft") -> Times:
+    """The table's seconds over how often a device runs each operation of DualPipe, on average.
+
+    The table's 1B can be read in two ways. whole: each of its operations is a whole backward, of
+    which 1W, counted apart, is a part; else it is the input's part alone, and 1W is added.
+    """
+    ran = [op.kind for order in schedule.orders for op in order]
+    count = {kind: ran.count(kind) / schedule.devices for kind in set(ran)}
+    back = printed("backward_input", network) / (count["B"] + count["I"])
+    weight = printed("backward_weight", network) / count["W"]
+    return Times(
+        t_f=printed("forward", network) / count["F"],
+        t_b=back if whole else back + weight,
+        t_w=weight,
+        pair=printed("overlapped", network) / count["FB"],
+    )
 
 
 def flops_per_second(network: str = "mpft", causal: bool = True) -> float:

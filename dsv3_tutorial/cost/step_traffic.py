@@ -1,12 +1,15 @@
 """What one GPU sends in one training step, by reason and by tier, and how long its links take.
 
-Ranks are numbered with tensor parallelism innermost, then data (experts split inside it), then the
-pipeline. Tokens reach experts evenly, and nothing overlaps. Bytes and bandwidths are per GPU and
-direction; latencies are left out: at these sizes they are below a percent.
+Ranks are numbered with tensor parallelism innermost, then data, then the pipeline. `ep` GPUs in a
+row hold a layer's experts, over tensor parallel ranks too, so that a layout with it is compared at
+the same expert parallelism (as in Megatron; our own `parallel.mesh` keeps experts inside dp); each
+of these ranks sends its share of the tokens. Tokens reach experts evenly, and nothing overlaps.
+Bytes and bandwidths are per GPU and direction; latencies are left out: at these sizes they are
+below a percent.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.cost import comm_moe, params
@@ -17,10 +20,11 @@ WEIGHT, GRADIENT, ACTIVATION = 2, 4, 2  # bytes a number: BF16 gathered, float32
 
 @dataclass(frozen=True)
 class Split:
-    """How a run is laid out: pp x dp x tp GPUs; ep of each dp hold a layer's experts together.
+    """How a run is laid out: pp x dp x tp GPUs; ep of each dp x tp hold a layer's experts together.
 
-    sequences of seq_len tokens make one step of the whole run. Raises NetworkError, with all that
-    is wrong, where the numbers do not divide.
+    sequences of seq_len tokens make one step of the whole run. copies: stages that a GPU holds in a
+    pipeline, 2 in DualPipe, where each stage has two holders in each replica. Raises NetworkError,
+    with all that is wrong, where the numbers do not divide.
     """
 
     pp: int = 16
@@ -29,14 +33,16 @@ class Split:
     tp: int = 1
     sequences: int = 15360
     seq_len: int = 4096
+    copies: int = 2
 
     def __post_init__(self) -> None:
-        names = ("pp", "dp", "ep", "tp", "sequences", "seq_len")
+        names = ("pp", "dp", "ep", "tp", "sequences", "seq_len", "copies")
         wrong = [f"{name} = {getattr(self, name)!r}" for name in names]
         wrong = [said for said, name in zip(wrong, names) if not whole(getattr(self, name), 1)]
         fine = not wrong  # whole numbers, so that division can be asked about
-        if fine and self.dp % self.ep:
-            wrong.append(f"ep = {self.ep} does not divide dp = {self.dp}")
+        if fine and self.dp * self.tp % self.ep:
+            whole_of = "dp" if self.tp == 1 else "dp x tp"
+            wrong.append(f"ep = {self.ep} does not divide {whole_of} = {self.dp * self.tp}")
         if fine and self.sequences % self.dp:
             wrong.append(f"dp = {self.dp} does not divide the step's {self.sequences} sequences")
         if wrong:
@@ -50,6 +56,11 @@ class Split:
         return self.pp * self.dp * self.tp
 
     @property
+    def stages_held(self) -> int:
+        """Stages on each GPU; without a pipeline there is but one."""
+        return self.copies if self.pp > 1 else 1
+
+    @property
     def tokens(self) -> int:
         """Tokens that pass through each GPU in a step."""
         return self.sequences * self.seq_len // self.dp
@@ -57,7 +68,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Traffic:
-    """One reason to send. inside, across: bytes a GPU sends a step; seconds on its links alone."""
+    """One reason to send. inside, across: bytes a GPU sends a step; seconds on its links alone.
+
+    ranks: of the group; one replica's gradients still travel between holders of the same weights.
+    """
 
     name: str
     ranks: int
@@ -72,7 +86,7 @@ def traffic(cfg: ModelConfig, network: Network, split: Split) -> list[Traffic]:
     per_node = network.ranks_per_node
     groups = {
         "tensor": (split.tp, 1, tensor(cfg, network, split)),
-        "experts": (split.ep, split.tp, experts(cfg, network, split)),
+        "experts": (split.ep, 1, experts(cfg, network, split)),
         "stages": (split.pp, split.dp * split.tp, stages(cfg, network, split)),
         "gradients": (split.dp, split.tp, gradients(cfg, network, split)),
     }
@@ -93,11 +107,20 @@ def _tier(inside: bool, sent: float) -> dict[str, float]:
 
 
 def tensor(cfg: ModelConfig, network: Network, split: Split) -> dict[str, float]:
-    """Tensor parallelism: two all-reduces of the activations a layer forward, two backward."""
-    layers = cfg.num_hidden_layers / split.pp
-    size = split.tokens * cfg.hidden_size * ACTIVATION
+    """Tensor parallelism: all-reduces behind attention and dense FFNs, forward and backward.
+
+    Forward D numbers a token; backward D behind an FFN, and behind MLA its latents (Q + C + R), as
+    down-projections are on every rank. Experts, shared ones too, are not split: each rank has its
+    share of the tokens there, and reduce-scatter and all-gather are the same bytes together.
+    """
+    d = cfg.hidden_size
+    layers = range(cfg.num_hidden_layers)
+    dense = sum(not cfg.is_moe_layer(i) for i in layers)
+    latents = (cfg.q_lora_rank or d) + cfg.kv_lora_rank + cfg.qk_rope_head_dim if cfg.is_mla else d
+    numbers = (len(layers) * (d + latents) + dense * 2 * d) / split.pp
     ring = 2 * (split.tp - 1) / split.tp
-    return _tier(split.tp <= network.ranks_per_node, 4 * layers * ring * size)
+    sent = ring * split.tokens * numbers * ACTIVATION
+    return _tier(split.tp <= network.ranks_per_node, sent)
 
 
 def experts(
@@ -108,19 +131,18 @@ def experts(
 ) -> dict[str, float]:
     """Experts: dispatch in FP8 and combine in BF16, once forward and once backward, two stages.
 
-    The tp ranks of a replica send a share of its tokens each (sequence parallelism). widths: bytes
-    a number in dispatch and in combine.
+    The limit is of groups of experts, which are V3's nodes only where ep fills as many. widths:
+    bytes a number in dispatch and in combine.
     """
     layers = sum(cfg.is_moe_layer(i) for i in range(cfg.num_hidden_layers)) / split.pp
     sent = {"inside": 0.0, "across": 0.0}
     if not layers or split.ep == 1:
         return sent
-    near = replace(network, ranks_per_node=max(1, network.ranks_per_node // split.tp))
-    limit = cfg.topk_group if cfg.n_group and cfg.n_group > 1 else None
+    limit = (cfg.topk_group, cfg.n_group) if cfg.n_group and cfg.n_group > 1 else (None, None)
     routed = (cfg.n_routed_experts, cfg.num_experts_per_tok, cfg.hidden_size)
     for width in widths:
         way = comm_moe.sent_bytes(
-            *(split.tokens / split.tp, comm_moe.Layer(*routed, limit), split.ep, near),
+            *(split.tokens / split.tp, comm_moe.Layer(*routed, *limit), split.ep, network),
             bytes_per_element=width,
         )
         sent = {tier: sent[tier] + 2 * layers * n for tier, n in way.items()}
@@ -136,17 +158,20 @@ def stages(cfg: ModelConfig, network: Network, split: Split) -> dict[str, float]
 def gradients(cfg: ModelConfig, network: Network, split: Split) -> dict[str, float]:
     """Data parallelism with ZeRO-1: float32 gradients summed by parts, BF16 weights gathered.
 
-    Inside the nodes first, so that only 1 / g crosses. Experts have dp / ep replicas, the rest dp.
+    Inside the nodes first, so that only 1 / g crosses. Experts have dp x tp / ep replicas, the rest
+    dp; in DualPipe twice as many hold a stage, and each holds two. The second holder of a stage is
+    in another node unless one node holds all.
     """
-    counted = params.count(cfg)
+    counted, g = params.count(cfg), network.ranks_per_node
     routed = counted.by_part["routed_experts"]
     sent = {"inside": 0.0, "across": 0.0}
-    for numbers, replicas, stride in (
-        ((counted.total - routed) / split.pp / split.tp, split.dp, split.tp),
-        (routed / split.pp / split.ep, split.dp // split.ep, split.ep * split.tp),
+    for numbers, replicas, near in (
+        ((counted.total - routed) / split.pp / split.tp, split.dp, max(1, g // split.tp)),
+        (routed / split.pp / split.ep, split.dp * split.tp // split.ep, max(1, g // split.ep)),
     ):
-        size, near = numbers * (WEIGHT + GRADIENT), max(1, network.ranks_per_node // stride)
-        near = math.gcd(near, replicas)
+        size = split.stages_held * numbers * (WEIGHT + GRADIENT)
+        holders = split.stages_held * replicas
+        near = holders if split.gpus <= g else math.gcd(near, replicas)
         sent["inside"] += size * (near - 1) / near
-        sent["across"] += size / near * (1 - near / replicas)
+        sent["across"] += size / near * (1 - near / holders)
     return sent

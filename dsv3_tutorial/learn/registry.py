@@ -59,7 +59,8 @@ class Exercise:
     globals that the reference uses beside torch, math and torch.nn.functional as F. compare(got,
     expected) says what is wrong, or None, where equality is not the question. run(function, *args)
     puts a case to a function where one call is not the question, but the ranks of a group: its
-    result is what is compared, and a case's arguments are then run's.
+    result is what is compared, and a case's arguments are then run's. raised(error, arguments) is a
+    hint for an error that no mutant raises.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Exercise:
     seconds: float = SECONDS
     compare: Callable[[Any, Any], str | None] | None = None
     run: Callable[..., Any] | None = None
+    raised: Callable[[BaseException, tuple], str | None] | None = None
 
     @property
     def concept(self) -> str:

@@ -28,7 +28,8 @@ def term(name: str) -> None:
     """Shows what a term means; for one that is not in the glossary, the closest that are."""
     aliases = {key: title for title in entries() for key in _keys(title)}
     wanted = _normal(str(name))
-    title = aliases.get(wanted) or aliases.get(wanted.removesuffix("s"))
+    forms = (wanted, wanted.removesuffix("s"), wanted.removesuffix("es"))
+    title = next((aliases[form] for form in forms if form in aliases), None)
     if title:
         text = entries()[title]
         show(f"{title}: {text}", text_markdown=f"**{title}**: {text}")

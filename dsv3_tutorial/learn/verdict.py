@@ -92,10 +92,16 @@ def _judge_cases(exercise: Exercise, function: Callable, clock: Clock) -> tuple[
         if isinstance(outcome.error, TimeUp):
             return NOT_YET, f"{exercise.case_title(case)}: {text}"
         named = _name_mistake(exercise, function, case, outcome, clock)
-        first = exercise.hints[0] if status == NOT_YET and exercise.hints else None
-        return status, _with_hint(text, named, first)
+        return status, _with_hint(text, named, _first_hint(exercise, case, outcome))
     count = len(exercise.cases)
     return PASSED, f"{count} case{'s' if count > 1 else ''}"
+
+
+def _first_hint(exercise: Exercise, case: Case, outcome: Outcome) -> str | None:
+    """The exercise's first hint; after an error, what the exercise says of it."""
+    if outcome.error is not None:
+        return exercise.raised(outcome.error, case.make()) if exercise.raised else None
+    return exercise.hints[0] if exercise.hints else None
 
 
 def _with_hint(text: str, named: str | None, first: str | None) -> str:

@@ -18,6 +18,7 @@ class Call:
     n: bytes, as cost.comm counts them: all_gather, reduce_scatter, all_reduce and broadcast the
     whole tensor, gather and scatter one rank's share, all_to_all what this rank sends to others.
     sent: all_to_all's bytes to each of `ranks`. root: of a broadcast, reduce, gather, scatter.
+    dtype: of what is sent.
     """
 
     kind: str
@@ -26,6 +27,17 @@ class Call:
     sent: tuple[int, ...] = ()
     root: int | None = None
     tag: int = 0
+    dtype: str = ""
+
+    @property
+    def content(self) -> tuple[int, str]:
+        """What the ranks of a communication must agree in; what all_to_all sends may differ."""
+        return 0 if self.kind == "all_to_all" else self.n, self.dtype
+
+    @property
+    def said(self) -> str:
+        """The size in words."""
+        return f"{self.n} bytes" + f" of {self.dtype}" * bool(self.dtype)
 
 
 def seconds(call: Call, of_all: Sequence[Call], network: Network) -> float:

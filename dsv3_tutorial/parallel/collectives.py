@@ -62,7 +62,9 @@ def read(func: torch._ops.OpOverload, args: tuple, kwargs: Given) -> list[Call]:
     if name in _ROWS:
         ranks = _ranks(given)
         row = tuple(_ROWS[name](given, len(ranks)))
-        return [Call("all_to_all", sum(row) - row[ranks.index(dist.get_rank())], ranks, row)]
+        n = sum(row) - row[ranks.index(dist.get_rank())]
+        dtype = _dtype(given.get("input", given.get("input_tensors")))
+        return [Call("all_to_all", n, ranks, row, dtype=dtype)]
     if name in _MESSAGES:
         kind, tensors, peer = _MESSAGES[name]
         return [_message(kind, given[tensors], given.get(peer), given["tag"], _ranks(given))]
@@ -80,20 +82,28 @@ def _grouped(name: str, given: Given) -> Call:
     if kind == "all_gather" and name.startswith("_c10d_functional"):
         n *= len(ranks)  # what is given is one rank's share
     root = given.get("root_rank", given.get("src"))
-    return Call(kind, n, ranks, root=None if root is None else ranks[root])
+    dtype = "" if part is None else _dtype(given[part])
+    return Call(kind, n, ranks, root=None if root is None else ranks[root], dtype=dtype)
 
 
 def _message(kind: str, tensors: Any, peer: int | None, tag: int, ranks: tuple[int, ...]) -> Call:
     here = dist.get_rank()
     there = -1 if peer is None else ranks[peer]
     between = (here, there) if kind == "send" else (there, here)
-    return Call(kind, _bytes(tensors), between, tag=tag)
+    return Call(kind, _bytes(tensors), between, tag=tag, dtype=_dtype(tensors))
 
 
 def _bytes(tensors: Any) -> int:
     if isinstance(tensors, Tensor):
         return tensors.nbytes
     return sum(_bytes(tensor) for tensor in tensors)
+
+
+def _dtype(tensors: Any) -> str:
+    """The type of the numbers; of several tensors each type once, in order."""
+    if isinstance(tensors, Tensor):
+        return str(tensors.dtype).removeprefix("torch.")
+    return " and ".join(dict.fromkeys(_dtype(tensor) for tensor in tensors))
 
 
 def _ranks(given: Given) -> tuple[int, ...]:

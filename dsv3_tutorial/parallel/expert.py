@@ -19,6 +19,7 @@ from dsv3_tutorial.parallel.dispatch import DISPATCHES, pairs_of
 from dsv3_tutorial.parallel.exchange import AS_IS, BF16_COMBINE, FP8_DISPATCH
 from dsv3_tutorial.parallel.mesh import TIMEOUT
 from dsv3_tutorial.parallel.route import Route, flat, visit
+from dsv3_tutorial.parallel.same_weights import check_same
 
 GRADIENTS = ("sum", "mean")
 
@@ -76,6 +77,7 @@ def expert_parallel(
     ranks_per_node: int | None = None,
     fp8: bool = False,
     gradients: str = "sum",
+    check: bool = True,
 ) -> nn.Module:
     """Spread the experts of a model, or of one MoE layer, over ranks; in place, and returned.
 
@@ -88,9 +90,10 @@ def expert_parallel(
     the experts' by n too, though they need no sum over these p. "mean" divides by p here, where
     FSDP2 or DDP average the rest and nobody else looks after the experts.
 
-    Every rank must hold the same whole weights: afterwards 1 / p of the experts' bytes. What a pass
-    sends: `dispatch.messages`. Put experts in FP8 (`to_fp8`) before this and FSDP on after it.
-    Raises ValueError with all that does not fit.
+    Every rank must hold the same whole weights: afterwards 1 / p of the experts' bytes. check:
+    compare them first, and the rest of the module, which reads them once. What a pass sends:
+    `dispatch.messages`. Put experts in FP8 (`to_fp8`) before this and FSDP on after it.
+    Raises ValueError with all that does not fit, and WeightsDiffer, before anything is changed.
     """
     found = [
         (parent, name, child)
@@ -100,6 +103,8 @@ def expert_parallel(
     ]
     _check(found, over, dispatch, ranks_per_node, gradients)
     mesh = _mesh(over, found[0][2].gate_up_proj.device.type)
+    if check:
+        check_same({"": module}, mesh.get_group())
     wires = (FP8_DISPATCH, BF16_COMBINE) if fp8 else (AS_IS, AS_IS)
     groups = (mesh.get_group(),)
     if dispatch == "two_stage":

@@ -38,6 +38,10 @@ def launch(
     and arguments are copies, tensors on the CPU and without their .grad. What the ranks print is
     printed after their end, rank by rank, unless echo is False. A rank sees a GPU only where each
     has its own. The first call takes seconds, to import torch; later ones about 0.1 s.
+
+    Rank r begins with seed r for torch, random and numpy, whatever the caller's: random numbers
+    differ between ranks and repeat at each launch. Weights that ranks are to share need a seed
+    that fn sets itself, the same on all, as under torchrun.
     Raises RankFailed with a rank's own traceback, RankTimeout with the place where ranks hang after
     `timeout` seconds, ParallelError for what cannot start. The other ranks are ended either way.
     """

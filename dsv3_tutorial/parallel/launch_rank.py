@@ -8,6 +8,7 @@ import faulthandler
 import linecache
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -44,6 +46,7 @@ def run(rank: int, job: dict, folder: Path, pipe: int, server: int) -> None:
     try:
         _join(rank, job, folder)
         fn, args = pickle.loads(job["call"])
+        _seed(rank)
         returned = fn(*args)
         said, left = "done", _result(returned)
     except BaseException as error:
@@ -107,6 +110,13 @@ def _join(rank: int, job: dict, folder: Path) -> None:
         world_size=job["world"],
         timeout=timedelta(seconds=job["timeout"] + _LATER),
     )
+
+
+def _seed(rank: int) -> None:
+    """Other random numbers on each rank, the same in every launch: a fork copies the server's."""
+    torch.manual_seed(rank)
+    random.seed(rank)
+    np.random.seed(rank)
 
 
 def _result(returned: object) -> bytes:

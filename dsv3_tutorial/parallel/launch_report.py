@@ -12,6 +12,16 @@ from dsv3_tutorial.parallel.launch_errors import ParallelError, RankFailed, Rank
 _CELL = re.compile(r'File "(?:[^"]*[/\\]ipykernel_\d+[/\\]\d+\.py|<ipython-input[^"]*>)"')
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
+_LAST_WORDS = 1500  # characters
+_OFTEN = {
+    "SIGKILL": " SIGKILL is often a lack of memory.",
+    "SIGSEGV": " SIGSEGV is a fault in a library.",
+    "SIGABRT": (
+        " SIGABRT is a library that gave up, which gloo does when ranks give one collective "
+        "tensors of different shapes or dtypes: compare those."
+    ),
+}
+
 
 class Failure(NamedTuple):
     """An error in a rank: its last line, its traceback, whether it only tells of a lost peer."""
@@ -70,16 +80,21 @@ def _guilt(report: Report) -> tuple[bool, int]:
 
 def _failed(report: Report) -> RankFailed:
     if report.failure is None:
-        return RankFailed(
-            report.rank,
-            f"Rank {report.rank} ended without a word ({report.state}). The others could only have "
-            "waited for it, and were ended. SIGKILL is often a lack of memory, SIGSEGV a fault in "
-            "a library.",
-        )
+        return RankFailed(report.rank, _died(report))
     trace = _CELL.sub('File "notebook cell"', report.failure.traceback).rstrip()
     what = report.failure.what.splitlines()[0] if report.failure.what else ""
     text = f"Rank {report.rank} failed, and the others were ended: {what}\n{trace}"
     return RankFailed(report.rank, text, trace)
+
+
+def _died(report: Report) -> str:
+    """What is known of a rank that raised nothing: how it ended, and its last words on stderr."""
+    said = report.err.strip()[-_LAST_WORDS:]
+    return (
+        f"Rank {report.rank} ended without a Python error ({report.state}). The others could only "
+        f"have waited for it, and were ended.{_OFTEN.get(report.state, '')}"
+        + (f" Its stderr ends:\n{said}" if said else " It wrote nothing to stderr.")
+    )
 
 
 def _hanging(hanging: list[Report], world: int, timeout: float) -> RankTimeout:
@@ -91,7 +106,8 @@ def _hanging(hanging: list[Report], world: int, timeout: float) -> RankTimeout:
         stacks,
         f"{len(stacks)} of {world} ranks did not end within {timeout:g} s and were ended: {names}. "
         "A collective waits until every rank of its group calls it: look for the rank that stands "
-        f"somewhere else, or give a longer timeout.{places}",
+        "somewhere else, or has a tensor of another shape, or give a longer timeout."
+        f"{places}",
     )
 
 

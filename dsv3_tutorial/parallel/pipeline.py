@@ -18,7 +18,7 @@ from dsv3_tutorial.cost.schedule_orders import BACKWARD, FORWARD, WEIGHT
 from dsv3_tutorial.cost.schedule_timeline import Result, needs, result
 from dsv3_tutorial.parallel.clock import Mark
 from dsv3_tutorial.parallel.pipeline_backward import LaterGradients, backward
-from dsv3_tutorial.parallel.pipeline_copies import CopiedStages
+from dsv3_tutorial.parallel.pipeline_copies import CopiedStages, check_copies
 from dsv3_tutorial.parallel.pipeline_messages import Post, directions
 from dsv3_tutorial.parallel.traffic import Seen
 
@@ -43,8 +43,9 @@ class Pipeline:
     """One device of a schedule: `modules` are the stages that its placement names, in that order.
 
     A module maps a tensor to a tensor, and loss_fn(output, target) gives a scalar. Rank d of the
-    group is device d. Copies of a stage must start with equal weights, and get equal gradients.
-    Raises ValueError for what does not fit, and for orders that would hang, before anything runs.
+    group is device d. Copies of a stage must start with equal weights, which `check` compares once,
+    and get equal gradients. Raises ValueError for what does not fit, and for orders that would
+    hang, before anything runs; WeightsDiffer where copies are none.
     """
 
     def __init__(
@@ -53,12 +54,15 @@ class Pipeline:
         modules: Sequence[nn.Module],
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         group: dist.ProcessGroup | None = None,
+        check: bool = True,
     ):
         self.schedule, self.loss_fn = schedule, loss_fn
         self.group = group or dist.group.WORLD
         self.device = dist.get_rank(self.group)
         _check(schedule, modules, self.device, dist.get_world_size(self.group))
         self.modules = dict(zip(schedule.placement[self.device], modules, strict=True))
+        if check:
+            check_copies(schedule, self.modules, self.group)
         weights = [weight for module in modules for weight in module.parameters()]
         self.lies_on = weights[0].device if weights else torch.device("cpu")
         self.directions = directions(self.group)

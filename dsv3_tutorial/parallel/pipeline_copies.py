@@ -5,6 +5,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3_tutorial.cost.schedule import Schedule
+from dsv3_tutorial.parallel.same_weights import check_same
+
+
+def check_copies(
+    schedule: Schedule, modules: dict[int, nn.Module], group: dist.ProcessGroup
+) -> None:
+    """Raise WeightsDiffer, on every device, where copies of a stage do not start out equal."""
+    if any(len(schedule.holders(stage)) > 1 for stage in range(schedule.stages)):
+        check_same({f"stage {stage}": module for stage, module in modules.items()}, group)
 
 
 class CopiedStages:

@@ -92,11 +92,11 @@ class Replicas:
 
     @torch.no_grad()
     def clip_gradients(self, longest: float, norm: Tensor) -> None:
-        """Scale all gradients, so that the `norm` that they have becomes `longest`."""
+        """Scale all gradients, so that the `norm` that they have becomes at most `longest`."""
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for grad in _gradients(self.parameters):
             kinds.setdefault(grad.dtype, []).append(grad)
-        factor = longest / (norm + 1e-6)  # as torch's clip_grads_with_norm_ has it
+        factor = (longest / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grads_with_norm_ has it
         for dtype, grads in kinds.items():
             torch._foreach_mul_(grads, factor.to(dtype))
 

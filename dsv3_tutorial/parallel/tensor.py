@@ -26,13 +26,16 @@ from dsv3_tutorial.mlp import MLP
 from dsv3_tutorial.model import DeepSeekV3
 from dsv3_tutorial.moe.layer import MoE
 from dsv3_tutorial.parallel import tensor_layers as layers
+from dsv3_tutorial.parallel.same_weights import check_same
 from dsv3_tutorial.parallel.tensor_exchange import ShareError
 from dsv3_tutorial.parallel.tensor_layers import Between, wrap
 
 OUT, IN = 0, 1  # the sides of a linear layer's weight
 
 
-def tensor_parallel(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) -> nn.Module:
+def tensor_parallel(
+    module: nn.Module, mesh: DeviceMesh, sequence: bool = False, check: bool = True
+) -> nn.Module:
     """Share a model's, a stage's or a layer's heads and features over a mesh; in place, returned.
 
     mesh: one dimension, say root["tp"]. Every rank must hold the same weights and gets the same
@@ -41,19 +44,24 @@ def tensor_parallel(module: nn.Module, mesh: DeviceMesh, sequence: bool = False)
     over a sibling dimension of the mesh after.
     sequence: between layers a rank holds its own S / p tokens: of a whole model the blocks, not
     its input, its logits and its MTP modules; of a single layer input and output (B, S / p, D).
-    Raises ShareError with every size that the ranks do not divide, before anything is changed.
+    check: compare the ranks' weights first, which reads them once.
+    Raises ShareError with every size that the ranks do not divide, and WeightsDiffer, before
+    anything is changed.
     """
     if mesh.ndim != 1:
         raise ShareError(
             f"The mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}, and a layer is shared "
             'over one. Give one of them, as mesh["tp"].'
         )
+    _check_not_shared(module)
     problems = list(dict.fromkeys(_problems(module, mesh.size())))
     if problems:
         raise ShareError(
             f"{mesh.size()} ranks cannot share this: {'; '.join(problems)}. Each must have as many "
             "heads and features as the others. Take a number of ranks that divides them."
         )
+    if check:
+        check_same({"": module}, mesh.get_group())
     whole = Between(mesh.get_group())
     if isinstance(module, DeepSeekV3):
         _model(module, mesh, Between(mesh.get_group(), sequence))
@@ -72,6 +80,17 @@ def local_config(cfg: ModelConfig, ranks: int) -> ModelConfig:
     return replace(cfg, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width)
 
 
+def _check_not_shared(module: nn.Module) -> None:
+    kinds = layers.Features | layers.Heads | layers.LatentHeads
+    shared = [name for name, part in module.named_modules() if isinstance(part, kinds)]
+    if shared:
+        raise ShareError(
+            f"{shared[0] or 'The layer'} is shared over ranks already. Its parts would be cut "
+            "again, and their sum made twice. Call tensor_parallel once on a module, and build a "
+            "new one for another mesh."
+        )
+
+
 def _problems(module: nn.Module, ranks: int) -> Iterator[str]:
     for name, part in module.named_modules():
         if isinstance(part, MLA | Attention):
@@ -82,8 +101,6 @@ def _problems(module: nn.Module, ranks: int) -> Iterator[str]:
                 yield f"{kv_heads} key-value heads"
         if isinstance(part, MLP) and part.gate_proj.weight.shape[0] % ranks:
             yield f"{part.gate_proj.weight.shape[0]} features of {name or 'the MLP'}"
-        if isinstance(part, layers.Features | layers.Heads | layers.LatentHeads):
-            yield f"{name or 'the layer'} is shared already"
 
 
 def _model(model: DeepSeekV3, mesh: DeviceMesh, between: Between) -> None:

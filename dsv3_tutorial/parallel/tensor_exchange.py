@@ -23,7 +23,7 @@ _scatter_sum = functional.reduce_scatter_single if _renamed else functional.redu
 
 
 class ShareError(ValueError):
-    """Sizes that the ranks of a group cannot share equally."""
+    """What the ranks of a group cannot share: other sizes, or what they share already."""
 
 
 def copied(x: Tensor, group: Group) -> Tensor:

@@ -6,7 +6,9 @@
     seen.bytes, seen.clock
 
 Every collective and message of torch.distributed is seen where it reaches PyTorch's dispatcher, so
-DTensor's, FSDP2's and a backward's are too. Real bytes, a virtual clock: `parallel.clock`.
+DTensor's, FSDP2's and a backward's are too. Real bytes, a virtual clock. It models cards that are
+busy and ranks that wait, not links that ranks share inside the network, and no congestion: all of
+it stands in `parallel.clock`.
 """
 
 import contextlib
@@ -143,7 +145,8 @@ def record(
     forward and backward, causal as whole, as torch.utils.flop_counter does; False: only what
     `Seen.compute` tells. With a network every rank of the world must enter and leave, as the traces
     are exchanged at the end; without one a rank may record alone. Slows every operator by
-    microseconds. Raises TraceError at the end for what has no modelled time.
+    microseconds. Raises TraceError at the end for what has no modelled time, and, with a network,
+    where two ranks gave one communication tensors of other sizes or dtypes.
     """
     seen = Seen(dist.get_rank() if dist.is_initialized() else 0, network, rate)
     recorder = _Recorder(seen, matmuls)

@@ -136,3 +136,26 @@ def test_what_cannot_be_counted_is_refused():
         comm_moe.copies(V3, 16, H800, "pigeon")
     with pytest.raises(ValueError, match="must divide evenly"):
         comm_moe.nodes_reached(Layer(n_experts=10), 3)
+
+
+def grouped_draws(layer, times=2000):
+    """Experts as V3's gate chooses them: within the groups whose best two sum highest."""
+    rng, each = random.Random(1), layer.n_experts // layer.n_group
+    for _ in range(times):
+        score = [rng.random() for _ in range(layer.n_experts)]
+        groups = [sorted(score[i * each : (i + 1) * each])[-2:] for i in range(layer.n_group)]
+        kept = sorted(range(layer.n_group), key=lambda i: -sum(groups[i]))[: layer.node_limit]
+        allowed = [e for i in kept for e in range(i * each, (i + 1) * each)]
+        yield sorted(allowed, key=lambda e: -score[e])[: layer.top_k]
+
+
+def test_a_limit_of_groups_is_what_v3s_gate_reaches_on_any_number_of_nodes():
+    layer = Layer(node_limit=4, n_group=8)
+    sets = list(grouped_draws(layer))
+    off = {1: 0, 2: 0.01, 4: 0.02, 8: 0.02, 16: 0.09, 32: 0.06, 64: 0.05}
+    for parts, most in off.items():
+        reached = sum(len({e * parts // 256 for e in chosen}) for chosen in sets) / len(sets)
+        assert comm_moe.nodes_reached(layer, parts) == pytest.approx(reached, rel=most)
+        assert comm_moe.ranks_reached(layer, parts, 1) == comm_moe.nodes_reached(layer, parts)
+    assert comm_moe.nodes_reached(layer, 8) == comm_moe.nodes_reached(V3, 8)
+    assert comm_moe.ranks_reached(layer, 64, 8) == comm_moe.ranks_reached(V3, 64, 8)

@@ -4,6 +4,7 @@ import pytest
 
 from dsv3_tutorial import paper
 from dsv3_tutorial.cost import step_time
+from dsv3_tutorial.cost.schedule import dual_pipe
 
 BOTH = pytest.mark.parametrize("network", step_time.NETWORKS)
 
@@ -51,3 +52,21 @@ def test_one_plane_or_eight_makes_no_difference_of_a_per_mille():
 def test_the_table_says_the_same_as_the_rows_of_the_training_rate():
     for name in ("tokens_per_day", "tflops_causal", "tflops_non_causal", "mfu_causal"):
         assert step_time.printed(name) == paper.row(f"training_rate.{name}").value
+
+
+def test_the_tables_times_an_operation_give_its_seconds_back():
+    schedule, kinds = dual_pipe(16, 120), {"F": "forward", "FB": "overlapped"}
+    ran = [op for order in schedule.orders for op in order]
+    for whole in (True, False):
+        times = step_time.operation_times(schedule, whole)
+        for kind, part in kinds.items():
+            spent = sum(times.of(op) for op in ran if op.kind == kind) / 16
+            assert spent == pytest.approx(step_time.printed(part))
+        weights = sum(times.of(op) for op in ran if op.kind == "W") / 16
+        assert weights == pytest.approx(step_time.printed("backward_weight"))
+        back = times.t_b if whole else times.t_b - times.t_w
+        backs = sum(op.kind in ("B", "I") for op in ran) / 16
+        assert backs * back == pytest.approx(step_time.printed("backward_input"))
+        # the printed bubble is about twice what waiting for the order alone would be
+        assert 0.7 < schedule.bubble(times) < 1.15 < step_time.printed("bubble")
+    assert step_time.computing() == pytest.approx(1.13 + 1.99 + 0.48 + 13.95)

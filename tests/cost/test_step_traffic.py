@@ -35,11 +35,15 @@ def moe_layers():
 
 
 def test_a_small_layout_sends_what_is_counted_by_hand():
-    split, network = Split(pp=2, dp=4, ep=2, tp=2, sequences=8, seq_len=16), nodes(of=4)
+    split = Split(pp=2, dp=4, ep=2, tp=2, sequences=8, seq_len=16, copies=1)
+    network = nodes(of=4)
     assert split.gpus == 16 and split.tokens == 32
-    layers = SMALL.num_hidden_layers / 2
-    # two all-reduces forward and two backward; each of 2 ranks sends 2 x half of the 32 D numbers
-    assert tensor(SMALL, network, split) == {"inside": 4 * layers * 32 * D * 2, "across": 0}
+    # an all-reduce behind attention, of D forward and of the latents backward, and two of D behind
+    # a dense FFN; each of 2 ranks sends 2 x half of the numbers
+    latents = SMALL.q_lora_rank + SMALL.kv_lora_rank + SMALL.qk_rope_head_dim
+    dense = SMALL.num_hidden_layers - moe_layers()
+    numbers = (SMALL.num_hidden_layers * (D + latents) + dense * 2 * D) / 2
+    assert tensor(SMALL, network, split) == {"inside": 32 * numbers * 2, "across": 0}
     # forward one way, gradients the other; each of the 2 tensor ranks half
     assert stages(SMALL, network, split) == {"inside": 0, "across": 2 * 32 * D * 2 / 2}
     # 2 owners on the 2 places of one node: half of the copies are for oneself
@@ -50,11 +54,16 @@ def test_a_small_layout_sends_what_is_counted_by_hand():
     counted = params.count(SMALL)
     routed = counted.by_part["routed_experts"]
     rest, own = (counted.total - routed) / 4, routed / 4  # pp x tp, pp x ep
-    # of 4 replicas 2 share a node: half inside, then a ring of 2 nodes passes half of a half;
-    # an expert's 2 replicas lie on different nodes
+    # of 4 replicas 2 share a node: half inside, then a ring of 2 nodes passes half of a half; of an
+    # expert, which 2 GPUs in a row hold together, each node has 2 of 4 replicas as well
     assert gradients(SMALL, network, split) == {
-        "inside": pytest.approx(6 * rest / 2),
-        "across": pytest.approx(6 * (rest / 4 + own / 2)),
+        "inside": pytest.approx(6 * (rest + own) / 2),
+        "across": pytest.approx(6 * (rest + own) / 4),
+    }
+    # DualPipe's two stages a GPU: twice the bytes, and a ring over twice as many nodes
+    assert gradients(SMALL, network, replace(split, copies=2)) == {
+        "inside": pytest.approx(2 * 6 * (rest + own) / 2),
+        "across": pytest.approx(2 * 6 * (rest + own) / 2 * 3 / 4),
     }
 
 
@@ -85,6 +94,40 @@ def test_v3_spends_most_on_its_experts_across_and_nothing_on_tensors():
         *(("tensor", 1, 1), ("experts", 64, 8), ("stages", 16, 16), ("gradients", 128, 16))
     ]
     assert found["tensor"].inside == found["tensor"].across == found["tensor"].seconds == 0
+    # of each GPU's two stages an expert has 2 x 2 holders, all in different nodes, the rest 2 x 128
+    numbers = params.count(V3)
+    routed = numbers.by_part["routed_experts"] / 1024
+    rest = (numbers.total - 1024 * routed) / 16
+    across = 2 * 6 * (routed * 3 / 4 + rest / 8 * (1 - 8 / 256))
+    assert found["gradients"].across == pytest.approx(across) == pytest.approx(7.30e9, rel=1e-3)
+
+
+def test_tensor_parallelism_leaves_the_experts_traffic_and_adds_half_a_terabyte_of_its_own():
+    plain, split = Split(), Split(dp=16, tp=8)
+    assert experts(V3, H800, split) == experts(V3, H800, plain)
+    attention = 61 * (7168 + 1536 + 512 + 64)
+    numbers = (attention + 3 * 2 * 7168) / 16
+    sent = 2 * 7 / 8 * 15360 / 16 * 4096 * numbers * 2
+    assert tensor(V3, H800, split)["inside"] == pytest.approx(sent) == pytest.approx(523.9e9, 1e-3)
+
+
+@pytest.mark.parametrize("of", [1, 2, 4, 8, 64])
+@pytest.mark.parametrize("layout", [(2, 8, 4, 2), (4, 4, 8, 2), (1, 2, 1, 4), (2, 1, 2, 4)])
+def test_gradients_cross_as_often_as_counting_the_holders_of_each_part_says(layout, of):
+    pp, dp, ep, tp = layout
+    split = Split(pp, dp, ep, tp, sequences=8, seq_len=4)
+    sent, total = gradients(V3, nodes(of), split), params.count(V3)
+    routed = total.by_part["routed_experts"]
+    inside = across = 0.0
+    for numbers, apart in (((total.total - routed) / pp / tp, tp), (routed / pp / ep, ep)):
+        first = [rank for rank in range(dp * tp) if rank % apart == 0]
+        if pp > 1:  # the last stage's GPUs hold a copy of the first stage, and the other way round
+            first += [rank + (pp - 1) * dp * tp for rank in first]
+        near = sum(rank < of for rank in first)
+        size = 6 * numbers * (2 if pp > 1 else 1)
+        inside += size * (near - 1) / near
+        across += size / near * (1 - near / len(first))
+    assert sent == {"inside": pytest.approx(inside), "across": pytest.approx(across)}
 
 
 @given(pp=POWERS, dp=POWERS, ep=POWERS, tp=POWERS, of=POWERS)
@@ -97,7 +140,8 @@ def test_twice_the_sequences_send_twice_the_tokens_and_the_same_gradients(pp, dp
         assert twice.inside == pytest.approx(factor * once.inside)
         assert twice.across == pytest.approx(factor * once.across)
         assert once.inside >= 0 and once.across >= 0
-        assert once.ranks > 1 or once.inside == once.across == once.seconds == 0
+        alone = once.ranks == 1 if once.name != "gradients" else dp * tp * min(pp, 2) == 1
+        assert not alone or once.inside == once.across == once.seconds == 0
         if split.gpus <= of:
             assert once.across == 0 and once.nodes == 1
 
@@ -115,6 +159,8 @@ def test_gradients_are_gathered_and_scattered_at_what_a_ring_sends_in_all():
     ("layout", "said"),
     [
         ({"ep": 48}, "ep = 48 does not divide dp = 128"),
+        ({"ep": 48, "tp": 2, "dp": 16}, "ep = 48 does not divide dp x tp = 32"),
+        ({"copies": 0}, "copies = 0"),
         ({"dp": 7, "ep": 1}, "dp = 7 does not divide the step's 15360 sequences"),
         ({"dp": 36, "ep": 5, "sequences": 35}, "ep = 5 .* dp = 36; dp = 36 .* 35 sequences"),
         ({"pp": 0, "tp": 1.5}, "pp = 0; tp = 1.5"),

@@ -7,12 +7,9 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
-from dsv3_tutorial import receipts
-from dsv3_tutorial.bench import network
 from dsv3_tutorial.cost import comm, comm_moe, limits, tiers
 from dsv3_tutorial.cost.tiers import NetworkError
 from dsv3_tutorial.learn.figures import network_bars, network_map, network_traces, recommend
-from dsv3_tutorial.learn.figures import throttled as recorded
 from dsv3_tutorial.learn.widgets import explore
 from dsv3_tutorial.parallel import traffic
 from dsv3_tutorial.parallel.calls import Call
@@ -70,25 +67,41 @@ def test_flat_wins_once_links_inside_are_slow_enough():
 @pytest.mark.parametrize("across", [1.0, 8.0])
 @pytest.mark.parametrize("inside", [1.0, 8.0])
 @pytest.mark.parametrize("mb", [0.0, 0.001, 64.0])
-def test_the_parts_of_an_all_reduce_add_to_comms_time_and_wait_for_the_slower_tier(
-    across, inside, mb
-):
+def test_the_parts_of_an_all_reduce_add_to_comms_time_and_are_latency_and_bytes(across, inside, mb):
     slow = H800.slower(across=across, inside=inside)
     parts = network_map.all_reduce_parts(across, inside, mb)
     for one, algorithm in zip(parts, ("ring", "tree", "hierarchical"), strict=True):
         total = comm.all_reduce(mb * 1e6, range(16), slow, algorithm)
-        assert one.inside + one.across == pytest.approx(total)
-    rails = comm.all_reduce(mb * 1e6 / 8, (0, 8), slow)
-    assert parts[2].across == pytest.approx(rails)
-    free = slow.slower(across=1e-9) if parts[0].inside else slow.slower(inside=1e-9)
-    assert sum(parts[0][1:]) == pytest.approx(comm.all_reduce(mb * 1e6, range(16), free))
-    network_map.all_reduce_retimed(across, inside, mb)
+        assert one.total == pytest.approx(total) and min(one[1:]) >= 0
+        if mb == 0:
+            assert one.latency == pytest.approx(total) and one.inside == one.across == 0
+    # a rail of two carries an eighth, half of it twice; 8 of a node scatter and gather 7 / 8 each
+    assert parts[2].across == pytest.approx(mb * 1e6 / 8 / slow.across.bandwidth)
+    assert parts[2].inside == pytest.approx(2 * 7 / 8 * mb * 1e6 / slow.inside.bandwidth)
+    if mb == 64:  # of a ring's steps all bytes wait for the slower tier
+        size, far = 64e6 / 16, across * 4 > inside
+        moving = parts[0].across if far else parts[0].inside
+        rate = (slow.across if far else slow.inside).bandwidth
+        assert moving == pytest.approx(30 * size / rate)
+    made = network_map.all_reduce_retimed(across, inside, mb)
+    drawn = [bar.get_width() for bar in made.axes[0].patches]
+    assert drawn == pytest.approx([1e3 * part for one in parts for part in one[1:]])
 
 
 def test_latency_favours_the_tree_and_bytes_going_inside_first():
     assert "Fastest is tree" in network_map.all_reduce_retimed_in_words(1, 1, 0.001)
     words = network_map.all_reduce_retimed_in_words(10, 1, 64)
-    assert "Fastest is inside nodes first; 73% of it waits" in words and "across 4 GB/s" in words
+    latency = network_map.all_reduce_parts(10, 1, 64)[2].latency
+    total = comm.all_reduce(64e6, range(16), H800.slower(across=10), "hierarchical")
+    assert f"Fastest is inside nodes first: {latency / total:.0%} of it is latency" in words
+    assert "across 4 GB/s" in words
+    shares = [
+        int(
+            re.search(r"(\d+)% of it is latency", network_map.all_reduce_retimed_in_words(mb=mb))[1]
+        )
+        for mb in (0.01, 0.1, 1, 10, 100)
+    ]
+    assert shares[0] > 95 and shares[-1] < 10  # and no jump where NVLink's latency is the larger
 
 
 def test_what_cannot_be_is_said_in_words_by_the_explorer():
@@ -154,8 +167,30 @@ def test_clocks_are_drawn_and_said_and_a_slow_link_is_felt(traces):
     assert made.png() == network_traces.retimed(traces, **asked).png()
     words = network_traces.retimed_in_words(traces, **asked)
     assert f"way 0 {first}, 7.17 MB across" in words and "across 0.4 GB/s" in words
+    assert "bytes are the busiest rank's" in words
+    assert "the busiest rank's bytes" in made.axes[0].get_xlabel()
+    assert "two stages do not overlap" in made.get_supxlabel()
     fast = network_traces.retimed_ways(traces, **{**asked, "slower_across": 1})
     assert all(slow.seconds > 20 * quick.seconds for slow, quick in zip(found, fast))
+
+
+def test_a_toys_messages_are_latency_and_a_thousand_times_as_long_they_are_bytes(traces):
+    small, large = (
+        network_traces.retimed_ways(traces, ranks_per_node=2, larger=n) for n in (1, 1e5)
+    )
+    free = tiers.Network(
+        *(tiers.Tier("in", 3.33e-6, float("inf")), tiers.Tier("out", 2.8e-6, float("inf"))), 2
+    )
+    for each, one, other in zip(traces.values(), small, large):
+        assert one.latency == pytest.approx(max(retime(each, free)), rel=1e-6) == other.latency
+        assert one.latency / one.seconds > 0.9 and other.latency / other.seconds < 0.2
+    words = network_traces.retimed_in_words(traces, ranks_per_node=2)
+    assert f"{small[0].latency / small[0].seconds:.0%} latency" in words
+
+
+def test_ways_that_take_about_as_long_are_said_to(traces):
+    same = {"one": traces["way_0"], "other": traces["way_0"]}
+    assert "All 2 take about as long" in str(network_traces.retimed(same, ranks_per_node=2))
 
 
 def test_no_traces_or_broken_nodes_are_refused(traces):
@@ -195,97 +230,13 @@ def test_the_words_carry_both_bounds_beside_todays_and_the_impossible_is_refused
     asked, today = recommend.Hardware(1.0, 256, 8, 0.5), recommend.TODAY
     assert f"{asked.decode:.1f} tokens/s (today {today.decode:.1f})" in words
     assert "160 GB/s between nodes" in words and "all in one node" in words
+    paper = limits.effective(limits.exact(limits.infiniband())).tokens_per_second
+    free = recommend.Hardware(latency_us=0).decode
+    assert f"The paper's {paper:.1f} at" in words and f"(alone: {free:.1f})" in words
+    assert free == pytest.approx(paper / (1 - 1 / 32)) and "1 in 32 stays in its node" in words
     assert "4 nodes of 64" in recommend.future_in_words(domain=64)
     with pytest.raises(ValueError, match="divides 256"):
         recommend.future(domain=72)
     for wrong in ({"bandwidth_ratio": 0}, {"bits": 0}, {"latency_us": -1}):
         with pytest.raises(ValueError, match="nothing would arrive"):
             recommend.future(**wrong)
-
-
-# What is measured
-
-
-def _row(what, shapes, value, unit="s"):
-    spread = {"q1": 0.9 * value, "q3": 1.1 * value}
-    facts = {"device": "a box", "device_kind": "cpu", "versions": {"torch": "2.13.0"}}
-    rest = {"threads": 1, "date": "2026-11-22", "repeats": 3, "unit": unit, "spread": spread}
-    return receipts.Receipt(what, shapes=shapes, value=value, **facts, **rest)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Receipts as `bench network` writes them: a fit of messages, and exchanges by rate."""
-    rows = []
-    for nodes, mbit in ((1, None), (2, None), (2, 200)):
-        at = {"ranks": 4, "nodes": nodes, "mbit": mbit}
-        for form, bandwidth in (("inside", 2e9), ("across", 25e6 if mbit else 1e9))[:nodes]:
-            fit = {"op": "p2p", "form": form, **at}
-            rows += [_row("alpha", fit, 50e-6), _row("bandwidth", fit, bandwidth, "B/s")]
-        if nodes == 1:
-            rows.append(_row("alpha", {"op": "all_reduce", "form": "flat", **at}, 90e-6))
-        for op in recorded.TITLES if nodes > 1 else ():
-            for form, share in (("flat", 0.4), ("hierarchical", 0.2 if op == "dispatch" else 0.3)):
-                shapes = {"op": op, "form": form, "bytes": 2**20, **at}
-                rows.append(_row("exchange", shapes, share if mbit else share / 20))
-    receipts.append("network", rows, folder=tmp_path)
-    return tmp_path
-
-
-def test_the_throttled_link_is_drawn_beside_predictions(folder):
-    made = recorded.throttled(folder)
-    assert "On cables of 200 Mbit/s a dispatch by node is 2.00 times as fast" in str(made)
-    assert [ax.get_title() for ax in made.axes] == list(recorded.TITLES.values())
-    assert [tick.get_text() for tick in made.axes[0].get_xticklabels()] == ["no limit", "200"]
-    link = tiers.Network(tiers.Tier("i", 50e-6, 2e9), tiers.Tier("a", 50e-6, 25e6), 2)
-    said = comm.all_reduce(2**20, range(4), link) * 1e3
-    hollow = [line for line in made.axes[0].lines if line.get_fillstyle() == "none"]
-    assert hollow[0].get_ydata()[1] == pytest.approx(said)
-    assert made.png() == recorded.throttled(folder).png()
-
-
-def test_the_fits_are_printed_with_where_and_when(folder, capsys):
-    recorded.fit_table(folder)
-    _head, message, summed, caption = capsys.readouterr().out.splitlines()
-    assert message.split() == ["message", "4", "50", "us", "2,000", "MB/s"]
-    assert summed.split() == ["all-reduce", "4", "90", "us", "no", "limit", "seen"]
-    assert caption == "measured: a box (1 thread), 2026-11-22, torch 2.13"
-
-
-def test_without_a_receipt_it_is_said_how_to_get_one(tmp_path, capsys):
-    recorded.fit_table(tmp_path)
-    assert "No exchange between processes is recorded" in capsys.readouterr().out
-    with pytest.raises(LookupError, match=r"bench network \(the throttled link needs root"):
-        recorded.throttled(tmp_path)
-
-
-def test_a_live_measurement_fits_predicts_and_then_runs(monkeypatch, capsys):
-    monkeypatch.setattr(recorded, "MESSAGES", (4, 2**18))
-    recorded.live(0.2)
-    rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 6 and rows[3].startswith("alpha ")
-    predicted, took, ratio = map(float, re.findall(r"([\d.]+) (?:ms|times)", rows[4]))
-    assert ratio == pytest.approx(took / predicted, rel=0.1, abs=0.06)
-
-
-def test_a_live_prediction_is_that_of_the_fitted_line(monkeypatch, capsys):
-    def measure(cases, world, seconds):
-        assert world == 4
-        return {c: [1e-4 + c.bytes / 1e9] if c.op == "p2p" else [0.02] for c in cases}
-
-    monkeypatch.setattr(network, "measure", measure)
-    recorded.live()
-    printed = capsys.readouterr().out
-    assert "alpha 100 us, beta 1,000 MB/s" in printed
-    said = 6 * (1e-4 + 2**20 / 1e9) * 1e3
-    assert f"{said:.2f} ms predicted, 20.00 ms measured, {20 / said:.1f} times" in printed
-
-
-def test_the_receipts_that_ship_are_drawn_or_their_absence_is_said(capsys):
-    recorded.fit_table()
-    printed = capsys.readouterr().out
-    if network.NAME not in receipts.names():
-        assert "No exchange between processes is recorded" in printed
-        return
-    assert "measured: " in printed
-    assert "by node is" in str(recorded.throttled())

@@ -6,16 +6,12 @@ from itertools import pairwise
 import pytest
 from matplotlib.figure import Figure
 
-from dsv3_tutorial import hardware, paper
-from dsv3_tutorial.cost import deepep, limits, schedule_table, step_time, tiers, topology
-from dsv3_tutorial.cost.schedule import SCHEDULES, Op, Times
-from dsv3_tutorial.cost.schedule_timeline import Slot
+from dsv3_tutorial import hardware
 from dsv3_tutorial.cost.sharding import overlap_speedup
 from dsv3_tutorial.cost.step_traffic import Split
 from dsv3_tutorial.learn.figures import (
     cache_split,
     mesh_map,
-    network_tables,
     overlap,
     ring_steps,
     timelines,
@@ -23,7 +19,6 @@ from dsv3_tutorial.learn.figures import (
 from dsv3_tutorial.learn.figures import tiers as tier_figure
 from dsv3_tutorial.learn.widgets import explore
 
-SIZES = [(name, stages) for name in SCHEDULES for stages in (4, 8, 16)]
 CHIPS = ("h800", "h100-sxm", "gb200-nvl72")
 DRAWN = {
     "registers deliver is 10,035 times what InfiniBand does": tier_figure.bandwidths,
@@ -31,15 +26,19 @@ DRAWN = {
     "Split 8 ways the GQA models keep 65 and 41 KB a GPU": cache_split.cache_per_gpu,
     "with 20 of 132 SMs for communication: 1.70 times": overlap.dual_micro_batch,
     "slower, 0.67 times as fast": lambda: overlap.dual_micro_batch(64, 0.3),
-    "Experts over 8 nodes: the links are busy for 6.7 s a step": mesh_map.placement,
-    "Tensor parallelism inside a node: the links are busy for 9.4 s": (
+    "links are busy for 6.7 s a step It fits: a GPU has 80 GB and would hold 57.9": (
+        mesh_map.placement
+    ),
+    "Tensor parallelism inside a node: the links are busy for 3.3 s": (
         lambda: mesh_map.placement(dp=16, ep=16, tp=8)
     ),
+    "It does not fit: a GPU has 80 GB and would hold 111.5": lambda: mesh_map.placement(ep=8),
+    "Experts inside a rack: ": lambda: mesh_map.placement(chip="gb200-nvl72"),
     "1F1B: the worst device waits 9 of 33 (27%)": timelines.timeline,
     "DualPipe: the worst device waits 14 of 110 (13%)": (
         lambda: timelines.timeline("dualpipe", 16, 32)
     ),
-    "a device waits 21, 7 and 6 forwards": timelines.three,
+    "waits 21, 7 and 6 forwards DualPipe does 45% to 55% of": timelines.three,
 }
 
 
@@ -67,6 +66,11 @@ def test_squares_have_areas_to_one_scale_and_are_derived_from_the_chip():
     assert all(one[1] < other[0] for one, other in pairwise(edges))
 
 
+def test_the_squares_say_whose_they_are_and_how_each_is_known():
+    said = tier_figure.bandwidths().get_supxlabel()
+    assert said.startswith("H800") and "FP32 rate: registers" in said and "as reached" in said
+
+
 def test_the_bandwidth_table_says_how_each_is_known_and_what_4096_tokens_take(capsys):
     tier_figure.bandwidths_table()
     first, _, *rows = capsys.readouterr().out.splitlines()
@@ -89,6 +93,19 @@ def test_a_ring_ends_with_every_sum_everywhere_after_the_least_steps(world):
     for before, after in pairwise(seen):
         changed = [[a != b for a, b in zip(*rows)] for rows in zip(before, after)]
         assert [sum(row) for row in changed] == [1] * world  # one chunk arrives at each rank
+
+
+def test_what_a_step_of_the_ring_changes_is_framed():
+    seen, panels = ring_steps.steps(4), ring_steps.ring(4).axes
+    for index, ax in enumerate(panels):
+        frames = {
+            (round(box.get_y() + 0.42), round(box.get_x() + 0.42))
+            for box in ax.patches
+            if not box.get_fill()
+        }
+        before, after = seen[max(0, index - 1)], seen[index]
+        changed = {(r, c) for r in range(4) for c in range(4) if before[r][c] != after[r][c]}
+        assert frames == changed and len(frames) == (4 if index else 0)
 
 
 def test_a_ring_that_cannot_be_drawn_is_refused():
@@ -124,6 +141,30 @@ def test_bars_are_bytes_over_bandwidth_and_the_title_names_what_takes_longest(ch
     for kind in kinds:
         assert (f"{kind.name} {kind.ranks} ranks" in words) == (kind.ranks > 1)
         assert kind.ranks == 1 or f"{kind.seconds:.2f} s" in words
+    one = mesh_map.held(Split(*layout))
+    bars = [bar.get_width() for bar in made.axes[1].patches]
+    assert bars == pytest.approx([getattr(one, name) / 1e9 for name in mesh_map.KEPT])
+    room = hardware.chip(chip).memory_bytes
+    assert made.axes[1].lines[0].get_xdata()[0] == room / 1e9
+    for said in (words, str(made)):
+        assert ("does not fit" in said) == (one.total > room) == (not mesh_map.fits(
+            Split(*layout), chip
+        ))  # fmt: skip
+        assert f"would hold {one.total / 1e9:.1f}" in said
+
+
+def test_all_chips_are_taken_at_the_share_of_their_rates_that_an_h800_reaches():
+    rates = {chip: mesh_map.whole_nodes(chip) for chip in CHIPS}
+    assert [round(n.across.bandwidth / 1e9) for n in rates.values()] == [40, 40, 40]
+    assert [round(n.inside.bandwidth / 1e9) for n in rates.values()] == [160, 360, 720]
+    for chip, said in zip(CHIPS, ("160 GB/s", "360 GB/s", "720 GB/s")):
+        made = mesh_map.placement(chip=chip)
+        legend = [text.get_text() for text in made.axes[0].get_legend().get_texts()]
+        assert legend[0].endswith(said) and legend[1].endswith("40 GB/s")
+        note = made.get_supxlabel()
+        assert ("as on the H800" in note) == (chip != "h800") and "80% of line rate" in note
+        node = "64 of a rack's 72" if chip == "gb200-nvl72" else "8 GPUs a node"
+        assert node in note and node in mesh_map.placement_in_words(chip=chip)
 
 
 def test_a_node_is_used_as_far_as_groups_of_powers_of_two_fill_it():
@@ -136,9 +177,25 @@ def test_the_experts_are_hungriest_and_the_table_prints_both_layouts(capsys):
     assert mesh_map.hungriest() == "experts"
     mesh_map.traffic_table()
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows[2:6]] == list(mesh_map.TITLES)
-    assert rows[3].split()[1:3] == ["64", "8"] and "269.9 GB" in rows[3] and "6.75 s" in rows[3]
-    assert "1,504.4 GB" in rows[7] and "19.9 s" in rows[-1]
+    assert [row.split()[0] for row in rows[2:5]] == ["experts", "stages", "gradients"]
+    assert rows[2].split()[1:3] == ["64", "8"] and "269.9 GB" in rows[2] and "6.75 s" in rows[2]
+    assert "7.3 GB" in rows[4] and "a GPU holds 57.9 GB: weights 6.8, gradients 13.7" in rows[5]
+    assert rows[7].split()[0] == "experts" and rows[7].split()[3:] == rows[2].split()[3:]
+    assert rows[8].split()[0] == "tensor" and "523.9 GB" in rows[8] and "3.27 s" in rows[8]
+    assert "a GPU holds 16.2 GB" in rows[11]
+    assert "the slower of both tiers, 160 and 40 GB/s" in rows[12] and "19.9 s" in rows[-1]
+
+
+def test_the_groups_for_placing_carry_what_the_cost_model_sends_in_all():
+    sizes, traffic = mesh_map.groups()
+    assert sizes == {"tp": 8, "ep": 16, "pp": 16} and list(traffic) == list(sizes)
+    by_name = {kind.name: kind for kind in mesh_map.found(Split(16, 16, 16, 8))}
+    assert traffic["tp"] == by_name["tensor"].inside and traffic["pp"] == by_name["stages"].across
+    # at most a copy for each of 8 experts, and more than the nodes' shared ones
+    each = 2 * 58 / 16 * 15360 * 4096 / 128 * 7168 * (1 + 4 / 128 + 2)
+    assert by_name["experts"].across < 4 * each < traffic["ep"] < 8 * each
+    sizes, traffic = mesh_map.groups(tp=1, dp=128, ep=64)
+    assert sizes == {"ep": 64, "pp": 16} and set(traffic) == set(sizes)
 
 
 def test_a_layout_that_does_not_divide_is_said_in_words():
@@ -148,75 +205,6 @@ def test_a_layout_that_does_not_divide_is_said_in_words():
     assert shown.picture and "experts 64 ranks on 8 nodes" in shown.caption
     shown._controls["ep"].value = 48
     assert shown.picture == b"" and "ep = 48 does not divide dp = 128" in shown.caption
-
-
-# Schedules
-
-
-def boxes(made):
-    """(kind, device, start, end) of every operation drawn."""
-    found = []
-    for kind, drawn in zip(timelines.LOOKS, made.axes[0].collections, strict=True):
-        for path in drawn.get_paths():
-            (start, low), (end, high) = path.get_extents().get_points()
-            found.append((kind, round((low + high) / 2), start, end))
-    return sorted(found)
-
-
-@pytest.mark.parametrize(("name", "stages"), SIZES)
-def test_a_timeline_draws_every_operation_where_the_simulation_has_it(name, stages):
-    chosen, times = SCHEDULES[name](stages, 2 * stages), Times(1, 2, 1, 3)
-    slots = chosen.timeline(times)
-    made = timelines.timeline(name, stages, 2 * stages)
-    expected = [(slot.op.kind, slot.device, slot.start, slot.end) for slot in slots]
-    assert boxes(made) == sorted(expected)
-    assert made.axes[0].get_xlim() == (0, chosen.length(times))
-    assert f"waits {chosen.bubble(times):g} of {chosen.length(times):g}" in str(made)
-    words = timelines.timeline_in_words(name, stages, 2 * stages)
-    assert f"the closed form says {schedule_table.table_bubble(name, stages, times):g}" in words
-    assert f"keeps {max(chosen.memory())} micro-batches" in words
-    assert ("2 stages of weights" in words) == name.startswith("dual")
-
-
-def test_what_a_schedule_cannot_do_is_said_in_words():
-    shown = explore(
-        timelines.timeline,
-        say=timelines.timeline_in_words,
-        schedule=list(SCHEDULES),
-        stages=range(4, 17, 2),
-        micro_batches=range(8, 41, 2),
-    )
-    assert shown.picture
-    shown._controls["schedule"].value = "dualpipe"
-    assert shown.picture and "DualPipe, 4 stages" in shown.caption
-    shown._controls["stages"].value = 6
-    assert shown.picture == b"" and "at least 12 micro-batches" in shown.caption
-    shown._controls["micro_batches"].value = 12
-    assert shown.picture
-    with pytest.raises(ValueError, match="multiple of 2 stages"):
-        timelines.timeline("dualpipev", 5, 10)
-    with pytest.raises(ValueError, match="part of the whole backward"):
-        timelines.timeline(t_b=1.0, t_w=2.0)
-
-
-def test_the_bubble_table_prints_the_reports_formula_beside_the_simulation(capsys):
-    timelines.bubble_table(16, 120, Times(1, 2, 0.5, 3))
-    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()[3:]}
-    assert rows["1F1B"][:2] == ["45", "45"] and rows["DualPipe"][:2] == ["24.5", "23.5"]
-    assert [rows[name][-1] for name in rows] == ["1x", "1x", "2x"]
-    assert rows["DualPipe"][-2] == "17"
-    timelines.bubble_table()
-    assert "DualPipe         14         14" in capsys.readouterr().out
-
-
-def test_a_real_run_is_drawn_as_recorded():
-    lanes = [
-        [Slot(0, 0.0, 1.0, Op("F", 0, 0)), Slot(0, 3.0, 5.0, Op("B", 0, 0))],
-        [Slot(1, 1.0, 2.0, Op("F", 0, 1)), Slot(1, 2.0, 3.0, Op("B", 0, 1))],
-    ]
-    made = timelines.real(lanes, "1f1b")
-    assert "1F1B as it ran: the least busy rank waits 60% of the time" in str(made)
-    assert boxes(made) == [("B", 0, 3, 5), ("B", 1, 2, 3), ("F", 0, 0, 1), ("F", 1, 1, 2)]
 
 
 # Overlap
@@ -240,56 +228,12 @@ def test_the_overlap_drawn_is_the_speed_up_said(sms, communication):
     assert (communication < least) == (gain < 1)
 
 
-# Tables of the papers
-
-
-def test_the_table_of_latencies_prints_where_bytes_weigh_as_much(capsys):
-    assert network_tables.lower_latency() == "InfiniBand"
-    network_tables.latencies()
-    rows = capsys.readouterr().out.splitlines()[2:]
-    link = tiers.network("h800").inside
-    assert f"{link.alpha * link.bandwidth / 1e3:.0f} KB" in rows[0] and "3.33" in rows[0]
-    assert [float(row[28:36]) for row in rows] == [3.33, 2.8, 3.7, 3.6, 5.6]
-
-
-def test_the_table_of_topologies_counts_as_printed_and_says_what_nobody_can_wire(capsys):
-    network_tables.topologies()
-    _, *rows = capsys.readouterr().out.splitlines()
-    for row, (name, made) in zip(rows, topology.PRINTED.items()):
-        counts = [f"{n:,}" for n in (made().endpoints, made().switches, made().links)]
-        assert row[24:54].split() == counts
-        assert made().endpoints == paper.row(f"topology.{name}.endpoints").value
-    assert "28 is no power of a prime; 27: 30,618 endpoints" in rows[5]
-    assert "all counts as printed: True" in rows[6]
-    network_tables.topologies(["ft2"])
-    assert "prime" not in capsys.readouterr().out
-
-
-def test_the_tables_of_steps_limits_and_deepep_stand_beside_ours(capsys):
-    network_tables.step()
-    rows = capsys.readouterr().out.splitlines()[1:]
-    assert len(rows) == len(step_time.checks()) and all("%" in row for row in rows)
-    network_tables.decode_limits()
-    rows = capsys.readouterr().out.splitlines()[1:]
-    assert "14.76" in rows[0] and f"{limits.infiniband().tokens_per_second:.1f}" in rows[0]
-    assert "241.92" in rows[0] and "1219.8" in rows[3]
-    network_tables.deep_ep()
-    rows = capsys.readouterr().out.splitlines()[2:]
-    checks = {check.row.id: check for check in deepep.checks()}
-    for row in rows:
-        ranks, quoted, ours, _, back, *_ = row.split()
-        one = checks[f"deepep.latency.dispatch.{ranks}"]
-        assert float(quoted) == one.quoted and float(ours) == round(one.computed)
-        assert float(back) == checks[f"deepep.latency.combine.{ranks}"].quoted
-    assert [row.split()[0] for row in rows] == ["8", "16", "32", "64", "128", "256"]
-
-
-def test_every_table_fits_a_hundred_columns(capsys):
-    tables = (
-        *(network_tables.latencies, network_tables.topologies, network_tables.step),
-        *(network_tables.decode_limits, network_tables.deep_ep, mesh_map.traffic_table),
-        *(timelines.bubble_table, tier_figure.bandwidths_table),
-    )
-    for table in tables:
-        table()
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+def test_both_ratios_of_communication_are_printed_with_what_overlapping_buys(capsys):
+    overlap.ratios_table()
+    head, quoted, counted, *rest = capsys.readouterr().out.splitlines()
+    assert "with 20 of 132 SMs" in head and "1.00 : 1" in quoted and "1.70 times" in quoted
+    ratio = 6.75 / 17.55
+    gain = overlap_speedup(1.0, ratio, 132, 20)
+    assert f"{ratio:.2f} : 1" in counted and f"{gain:.2f} times" in counted
+    assert "6.75 s over table 4's 17.55 s" in counted
+    assert "1.14 to 1.44 times" in rest[0]

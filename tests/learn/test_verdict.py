@@ -188,6 +188,16 @@ def test_a_known_mistake_is_named_and_an_unknown_one_gets_the_first_hint():
     assert "Hint: multiply" in judge(toy(), written("return x * 77")).line
 
 
+def test_an_exercise_can_say_what_an_error_of_no_known_mistake_means():
+    def rows(error, arguments):
+        return f"x has {len(arguments[0])} rows." if isinstance(error, IndexError) else None
+
+    too_far = judge(toy(raised=rows), lambda x, factor: x[9])
+    assert too_far.status == "raised" and too_far.message.endswith("Hint: x has 3 rows.")
+    assert "Hint" not in judge(toy(raised=rows), lambda x, factor: x.nothing).message
+    assert "Hint" not in judge(toy(), lambda x, factor: x[9]).message
+
+
 def test_two_mistakes_alike_in_one_case_are_told_apart_by_the_others():
     twice = Mutant("twice", lambda x, factor: x * 3.0, "always three.")
     thrice = Mutant("thrice", lambda x, factor: x * (factor + 1), "one too many.")

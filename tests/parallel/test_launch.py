@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import pickle
+import random
 import re
 import signal
 import sys
@@ -12,6 +13,7 @@ import time
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -96,12 +98,24 @@ def test_a_rank_has_one_thread_the_imports_and_the_callers_surroundings(monkeypa
         import beside_the_notebook
 
         environment = os.environ.get("DSV3_TEST_WORD"), os.environ.get("RANK"), os.getcwd()
-        alike = torch.get_num_threads(), torch.initial_seed()
-        return loaded, beside_the_notebook.answer, environment, alike
+        return loaded, beside_the_notebook.answer, environment, torch.get_num_threads()
 
     first, second = launch(look, 2)
     assert first == second and first[:2] == (True, 42)
-    assert first[2] == ("here", None, str(tmp_path)) and first[3][0] == 1
+    assert first[2] == ("here", None, str(tmp_path)) and first[3] == 1
+
+
+def test_ranks_draw_other_random_numbers_and_the_same_in_every_launch():
+    def draw():
+        return torch.rand(2).tolist(), random.random(), np.random.rand()
+
+    first = launch(draw, 3)
+    for place in range(3):
+        assert len({repr(drawn[place]) for drawn in first}) == 3
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    assert launch(draw, 3) == first and launch(draw, 2) == first[:2]
 
 
 def test_one_server_serves_every_launch_and_the_ranks_are_new_processes():
@@ -178,9 +192,33 @@ def test_of_ranks_that_all_fail_the_first_is_named():
     ],
 )
 def test_a_rank_that_dies_without_a_word_is_named_with_how_it_died(what, says):
-    with pytest.raises(RankFailed, match=rf"Rank 1 ended without a word \({says}\)") as caught:
+    with pytest.raises(RankFailed, match=rf"Rank 1 ended without .* \({says}\)") as caught:
         launch(where_others_wait, 2, what, echo=False)
     assert caught.value.rank == 1 and caught.value.traceback == ""
+    assert str(caught.value).endswith("It wrote nothing to stderr.")
+
+
+def test_the_last_words_of_a_rank_that_was_killed_are_quoted_to_a_limit():
+    def speaks():
+        os.write(2, b"x" * 4000 + b"\nno room for the experts\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RankFailed, match="lack of memory") as caught:
+        launch(where_others_wait, 2, speaks, echo=False)
+    assert (
+        str(caught.value).endswith("x\nno room for the experts") and len(str(caught.value)) < 2000
+    )
+
+
+@pytest.mark.parametrize("like", [torch.ones(7), torch.ones(4, dtype=torch.float64)])
+def test_tensors_that_are_unlike_are_suspected_where_a_collective_aborts(like):
+    def unlike():
+        dist.all_reduce(like if dist.get_rank() else torch.ones(4))
+
+    with pytest.raises(RankFailed, match="SIGABRT") as caught:
+        launch(unlike, 2, echo=False)
+    assert "different shapes or dtypes" in str(caught.value) and "memory" not in str(caught.value)
+    assert "Received data size doesn't match" in str(caught.value)
 
 
 def test_even_a_rank_that_exits_well_has_failed():

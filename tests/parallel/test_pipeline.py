@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.cost import comm
+from dsv3_tutorial.cost.cards import Message
 from dsv3_tutorial.cost.comm import Network, Tier
 from dsv3_tutorial.cost.schedule import SCHEDULES, Op, Schedule, Times, dual_pipe, one_f_one_b
 from dsv3_tutorial.cost.schedule_orders import PAIR
@@ -326,7 +326,7 @@ def test_deepseek_v3_in_four_stages_has_the_gradients_of_the_whole(four, case, m
 def test_the_virtual_timeline_of_the_real_run_is_the_simulated_one_exactly(four, name):
     schedule = SCHEDULES[name](8 if name == "dualpipev" else 4, 8)
     n = 2 * S * D * 8
-    expected = schedule.timeline(TIMES, lambda a, b: comm.point_to_point(n, a, b, NETWORK))
+    expected = schedule.timeline(TIMES, Message(n, NETWORK))
     for _, clocks, _, _ in four:
         assert clocks[name][0] == expected
 

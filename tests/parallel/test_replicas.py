@@ -103,6 +103,19 @@ def one_step(layout):
     return norm, {n: whole(p.detach()) for n, p in model.named_parameters()}, kept
 
 
+@pytest.mark.parametrize(("longest", "factor"), [(10.0, 1.0), (5.0, 1.0), (1.0, 0.2)])
+def test_gradients_that_are_short_enough_are_left_as_they_are(longest, factor):
+    from dsv3_tutorial.parallel.data import join
+
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    held = replicas.Replicas(model, join("cpu", Layout()))
+    held.clip_gradients(longest, held.norm())
+    torch.testing.assert_close(
+        model.weight.grad, factor * torch.tensor([[3.0, 4.0]]), rtol=1e-6, atol=0
+    )
+
+
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("ways", [{"dp": 4, "ep": 2}, {"dp": 2, "ep": 2, "tp": 2}, {"dp": 4}])
 def test_a_step_of_four_ranks_is_the_step_of_one_on_the_mean_gradient(ways, zero):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_tutorial.learn.exercises.parallel.lockstep import pass_on, together
+from dsv3_tutorial.parallel import traffic
 from dsv3_tutorial.parallel.launch import launch
 from dsv3_tutorial.parallel.rings import (
     hierarchical_all_reduce,
@@ -95,6 +96,34 @@ def test_real_ranks_get_the_sum_in_all_and_in_subgroups_and_keep_their_input(ran
         assert torch.equal(got["bf16"], total.bfloat16())  # small whole numbers: exact
         assert got["from"] == (rank - 1) % 4
         assert torch.equal(got["strided"], torch.arange(6).view(2, 3).T + 10 * ((rank - 1) % 4))
+
+
+def _exchanged(kinds: list) -> tuple:
+    """What a rank gets, or is told, and the bytes that it is seen to send."""
+    shape, dtype = kinds[dist.get_rank()]
+    with traffic.record() as seen:
+        try:
+            found = neighbour_exchange()(torch.ones(shape, dtype=dtype))
+        except ValueError as error:
+            found = str(error)
+    return found, [(call.kind, call.n) for call in seen.calls]
+
+
+@pytest.mark.parametrize(
+    "other", [((2,), torch.float64), ((4, 1), torch.float32), ((4,), torch.int32)]
+)
+def test_a_neighbour_that_sends_another_shape_or_dtype_is_refused(other):
+    mine = ((4,), torch.float32)
+    told = [f"{dtype} {shape}" for shape, dtype in (mine, other)]
+    for rank, (said, calls) in enumerate(launch(_exchanged, 2, [mine, other])):
+        assert f"Rank {1 - rank} sends {told[1 - rank]}, and this rank {told[rank]}." in said
+        assert calls == []
+
+
+def test_the_header_in_front_of_a_chunk_is_not_counted_as_traffic():
+    for found, calls in launch(_exchanged, 2, [((2, 3), torch.bfloat16)] * 2):
+        assert torch.equal(found, torch.ones(2, 3, dtype=torch.bfloat16))
+        assert sorted(calls) == [("recv", 12), ("send", 12)]
 
 
 def _by_node(ranks_per_node: int) -> tuple:

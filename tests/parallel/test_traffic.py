@@ -17,6 +17,7 @@ from dsv3_tutorial.parallel import traffic
 from dsv3_tutorial.parallel.calls import Call, sent_by
 from dsv3_tutorial.parallel.clock import Compute, Mark, TraceError, Wait, retime, timeline
 from dsv3_tutorial.parallel.launch import launch
+from dsv3_tutorial.parallel.rings import neighbour_exchange, ring_all_reduce
 
 INSIDE, ACROSS = Tier("inside", 3e-6, 160e9), Tier("across", 5e-6, 40e9)
 TWO_NODES = Network(INSIDE, ACROSS, 2)
@@ -90,6 +91,31 @@ def hide(seen):
     work = dist.all_reduce(torch.ones(N), async_op=True)
     seen.compute(1e9)
     work.wait()
+
+
+def fan():
+    """Ten messages of one rank to another, each send waited for."""
+    x, rank = torch.ones(N), dist.get_rank()
+    for tag in range(10):
+        if rank == 0:
+            dist.isend(x, 2, tag=tag).wait()
+        if rank == 2:
+            dist.recv(x, 0, tag=tag)
+
+
+def ring():
+    """A ring all-reduce of messages, by the reference of the lesson."""
+    ring_all_reduce(torch.ones(4 * N), dist.get_rank(), 4, neighbour_exchange())
+
+
+def unlike():
+    """What is sent as float64 (2,) arrives as float32 (4,): equal bytes, other numbers."""
+    with pytest.raises(TraceError) as caught, traffic.record(TWO_NODES):
+        if dist.get_rank() == 0:
+            dist.send(torch.ones(2, dtype=torch.float64), 1)
+        if dist.get_rank() == 1:
+            dist.recv(torch.ones(4), 0)
+    return str(caught.value)
 
 
 def by_dtensor():
@@ -172,12 +198,12 @@ def everything():
         dist.barrier()
         with traffic.record(TWO_NODES, rate=RATE) as seen[name]:
             block(seen[name])
-    seen["pass_on"] = see(pass_on)
+    seen["pass_on"], seen["fan"], seen["ring"] = see(pass_on), see(fan), see(ring)
     seen["dtensor"], seen["fsdp"], seen["ddp"] = by_dtensor(), by_fsdp(), by_ddp()
     seen["inside"] = inside_dtensor()
     seen["groups"], summed = groups()
     seen["all"], seen["slower"] = (all_of_it(network) for network in (TWO_NODES, SLOWER))
-    return seen, summed, alone()
+    return seen, summed, alone(), unlike()
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +213,7 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def seen(ranks):
-    return [seen for seen, _, _ in ranks]
+    return [seen for seen, *_ in ranks]
 
 
 SENT = {  # what rank 0 sends of 256 bytes, by tier: rank 1 shares its node
@@ -238,9 +264,32 @@ def test_a_collective_starts_at_the_latest_clock_and_sets_them_all(seen):
 
 
 def test_a_message_arrives_after_its_sender_sent_it(seen):
+    """And the first rank is done with it when its card has sent it."""
     inside, across = (comm.point_to_point(256, *pair, TWO_NODES) for pair in [(0, 1), (1, 2)])
-    assert seen[0]["pass_on"].clocks == [0, inside, inside + across, inside + across + inside]
+    arrived = [256 / 160e9, inside, inside + across, inside + across + inside]
+    arrived[1] += 256 / 40e9
+    arrived[2] += 256 / 160e9
+    assert seen[0]["pass_on"].clocks == arrived
     assert [each["pass_on"].bytes["across"] for each in seen] == [0, 256, 0, 0]
+
+
+def test_ten_messages_over_one_card_take_ten_times_their_bytes(seen):
+    alpha, busy = TWO_NODES.across.alpha, 10 * 256 / 40e9
+    assert seen[0]["fan"].clocks == pytest.approx([busy, 0, alpha + busy, 0])
+
+
+def test_a_real_ring_with_long_chunks_goes_at_the_slow_cards_pace(seen):
+    long = TWO_NODES.slower(inside=1e4, across=1e4)  # chunks as if of 2.56 MB
+    clock = max(retime([each["ring"].trace for each in seen], long))
+    assert clock == pytest.approx(5e-6 + 6 * 256 * 1e4 / 40e9)
+    assert 0 < comm.all_reduce(1024, WORLD, long) - clock <= 5 * 5e-6 * (1 + 1e-9)
+
+
+def test_every_rank_is_told_of_a_message_that_is_taken_as_another(ranks):
+    assert all(
+        "One message, and rank 0 has 16 bytes of float64 for it, rank 1 16 bytes of float32" in said
+        for *_, said in ranks
+    )
 
 
 def test_receives_may_be_posted_before_sends_and_hide_behind_computing(seen):
@@ -277,7 +326,7 @@ def test_ddp_reduces_its_gradients_from_cpp_and_is_seen(seen):
 def test_a_hierarchical_all_reduce_takes_what_the_model_says_and_less_across(seen, ranks):
     expected = comm.all_reduce(256, WORLD, TWO_NODES, "hierarchical")
     assert [each["groups"].clock for each in seen] == [expected] * 4
-    assert all(torch.equal(summed, torch.full((N,), 4.0)) for _, summed, _ in ranks)
+    assert all(torch.equal(summed, torch.full((N,), 4.0)) for _, summed, *_ in ranks)
     flat = sum(each["all_reduce"].bytes["across"] for each in seen)
     assert sum(each["groups"].bytes["across"] for each in seen) == 512 < flat == 768
 
@@ -288,7 +337,7 @@ def test_another_network_needs_no_other_run(seen):
     assert retime(traces, SLOWER, RATE) == seen[0]["slower"].clocks
     assert retime(traces, TWO_NODES, RATE) == seen[0]["all"].clocks
     assert min(seen[0]["slower"].clocks) > max(seen[0]["all"].clocks)
-    for name in ("pass_on", "fsdp", "ddp", "dtensor"):
+    for name in ("pass_on", "fan", "ring", "fsdp", "ddp", "dtensor"):
         traces = [each[name].trace for each in seen]
         assert retime(traces, TWO_NODES) == seen[0][name].clocks
         assert max(retime(traces, SLOWER)) > max(seen[0][name].clocks)

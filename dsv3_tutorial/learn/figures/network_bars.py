@@ -18,11 +18,15 @@ PLACES = {"inside": "inside nodes", "across": "across, between nodes"}
 
 
 class Took(NamedTuple):
-    """One way to exchange. sent: bytes of the busiest rank by tier; seconds: until all are done."""
+    """One way to exchange. sent: bytes of the busiest rank by tier; seconds: until all are done.
+
+    latency: the seconds that it would take if bytes took none.
+    """
 
     name: str
     sent: dict[str, float]
     seconds: float
+    latency: float = 0.0
 
     @property
     def said(self) -> str:

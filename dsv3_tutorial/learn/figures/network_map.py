@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.cost import comm, comm_moe
+from dsv3_tutorial.cost.tiers import Network
 from dsv3_tutorial.learn.figures.network_bars import (
     COLOURS,
     Took,
@@ -22,7 +23,7 @@ from dsv3_tutorial.learn.figures.network_bars import (
     rows,
     speeds,
 )
-from dsv3_tutorial.learn.figures.style import COMMUNICATION, INK, MEMORY, figure, finish, note
+from dsv3_tutorial.learn.figures.style import COMMUNICATION, IDLE, INK, MEMORY, figure, finish, note
 
 EXPERT_PARALLEL = 64  # GPUs that share a layer's experts: eight nodes of eight
 WAYS = {
@@ -65,9 +66,10 @@ def all_to_all_retimed(
     best, flat = min(ways, key=lambda way: way.seconds), ways[0]
     said = best.said.capitalize()
     title = f"{said}: {best.seconds * 1e3:.2f} ms a layer, flat {flat.seconds * 1e3:.2f}"
-    note(fig, f"derived: V3, EP {EXPERT_PARALLEL} on 8 nodes, {speeds(network)}")
+    where = f"derived: V3, EP {EXPERT_PARALLEL} on 8 nodes, {speeds(network)}"
+    note(fig, f"{where}\nboth stages at once, token after token")
     legend(fig)
-    label = "ms, each tier's bytes alone; the line: both, with latency"
+    label = "ms; bars and sizes: one GPU's bytes, each tier alone; the line: both, with latency"
     return finish(fig, ax, title, label, "", legend=False)
 
 
@@ -88,11 +90,23 @@ def all_to_all_retimed_in_words(
 
 
 class Parts(NamedTuple):
-    """One all-reduce: seconds of the steps that the tier inside holds up, and that across does."""
+    """One all-reduce, in seconds: latency on either wire, and what its bytes take on each."""
 
     name: str
+    latency: float
     inside: float
     across: float
+
+    @property
+    def total(self) -> float:
+        return self.latency + self.inside + self.across
+
+
+SHOWN = {
+    "latency": (IDLE, "latency of the steps"),
+    "inside": (COMMUNICATION, "bytes inside nodes"),
+    "across": (MEMORY, "bytes across"),
+}
 
 
 def all_reduce_parts(
@@ -100,32 +114,49 @@ def all_reduce_parts(
 ) -> list[Parts]:
     """An all-reduce of `mb` MB among 16 GPUs on two nodes, three ways; parts add to comm's time."""
     network, n = h800(slower_across, slower_inside), mb * 1e6
-    found = []
-    for name, algorithm in ALGORITHMS.items():
-        total = comm.all_reduce(n, RANKS, network, algorithm)
-        if name == NODES:
-            inside = 2 * comm.reduce_scatter(n, RANKS[: network.ranks_per_node], network)
-        else:  # every step waits for the slowest link in it
-            size = n / len(RANKS) if name == RING else n
-            inside = total if network.inside.time(size) > network.across.time(size) else 0.0
-        found.append(Parts(name, inside, total - inside))
-    return found
+    return [
+        _by_node(n, network) if name == NODES else _flat(name, n, network) for name in ALGORITHMS
+    ]
+
+
+def _flat(name: str, n: float, network: Network) -> Parts:
+    """Ring or tree: in every step all wait for its slowest link."""
+    total = comm.all_reduce(n, RANKS, network, ALGORITHMS[name])
+    size = n / len(RANKS) if name == RING else n
+    near, far = network.inside, network.across
+    slowest = near if near.time(size) > far.time(size) else far
+    moving = total * (size / slowest.bandwidth) / slowest.time(size)
+    sent = (moving, 0.0) if slowest is near else (0.0, moving)
+    return Parts(name, total - moving, *sent)
+
+
+def _by_node(n: float, network: Network) -> Parts:
+    """Inside nodes first: what an exchange of nothing takes is latency."""
+    g = network.ranks_per_node
+
+    def took(n: float) -> tuple[float, float]:
+        inside = 2 * comm.reduce_scatter(n, RANKS[:g], network)
+        return inside, comm.all_reduce(n, RANKS, network, ALGORITHMS[NODES]) - inside
+
+    waits, times = took(0.0), took(n)
+    return Parts(NODES, sum(waits), *(time - wait for time, wait in zip(times, waits)))
 
 
 def all_reduce_retimed(
     slower_across: float = 1.0, slower_inside: float = 1.0, mb: float = 64.0
 ) -> Figure:
-    """Milliseconds of one all-reduce, three ways, by the tier whose links the steps wait for."""
+    """Milliseconds of one all-reduce, three ways: its latencies, and its bytes by tier."""
     parts = all_reduce_parts(slower_across, slower_inside, mb)
     fig, ax = figure(10, 3.2)
     for place, one in enumerate(parts):
-        inside, across = one.inside * 1e3, one.across * 1e3
-        ax.barh(place, inside, 0.6, color=COMMUNICATION, label=once("waiting inside nodes", place))
-        ax.barh(place, across, 0.6, inside, color=MEMORY, label=once("waiting across", place))
-        said = f" {ms(one.inside + one.across)}"
-        ax.text(inside + across, place, said, va="center", fontsize=10, color=INK)
+        left = 0.0
+        for part, (colour, label) in SHOWN.items():
+            width = getattr(one, part) * 1e3
+            ax.barh(place, width, 0.6, left, color=colour, label=once(label, place))
+            left += width
+        ax.text(left, place, f" {ms(one.total)}", va="center", fontsize=10, color=INK)
     rows(ax, [one.name for one in parts])
-    ax.set_xlim(0, max(one.inside + one.across for one in parts) * 1e3 * 1.15 or 1)
+    ax.set_xlim(0, max(one.total for one in parts) * 1e3 * 1.15 or 1)
     network, total = h800(slower_across, slower_inside), _totals(parts)
     gain = total[RING] / total[NODES]
     note(fig, f"derived: {mb:g} MB, 16 GPUs on 2 nodes of 8, {speeds(network)}")
@@ -137,17 +168,16 @@ def all_reduce_retimed(
 def all_reduce_retimed_in_words(
     slower_across: float = 1.0, slower_inside: float = 1.0, mb: float = 64.0
 ) -> str:
-    """Which way is fastest, and which part of it is spent across."""
+    """Which way is fastest, and how much of it is latency."""
     parts = all_reduce_parts(slower_across, slower_inside, mb)
-    total = _totals(parts)
-    best = min(parts, key=lambda one: one.inside + one.across)
-    said = ", ".join(f"{name} {ms(seconds)}" for name, seconds in total.items())
+    best = min(parts, key=lambda one: one.total)
+    said = ", ".join(f"{name} {ms(seconds)}" for name, seconds in _totals(parts).items())
     network = h800(slower_across, slower_inside)
     return (
-        f"{mb:g} MB, {speeds(network)}: {said}. Fastest is {best.name}; "
-        f"{best.across / total[best.name]:.0%} of it waits for the links across."
+        f"{mb:g} MB, {speeds(network)}: {said}. Fastest is {best.name}: "
+        f"{best.latency / best.total:.0%} of it is latency, the rest bytes."
     )
 
 
 def _totals(parts: list[Parts]) -> dict[str, float]:
-    return {one.name: one.inside + one.across for one in parts}
+    return {one.name: one.total for one in parts}

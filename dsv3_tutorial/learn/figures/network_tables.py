@@ -1,9 +1,11 @@
 """What the papers print about networks, beside what our own code makes of it."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from dsv3_tutorial import paper
 from dsv3_tutorial.cost import deepep, limits, step_time, tiers, topology
+from dsv3_tutorial.cost.schedule import Times, dual_pipe
 from dsv3_tutorial.cost.topology import Topology
 
 LINKS = {
@@ -13,6 +15,7 @@ LINKS = {
     "roce": "RoCE, one switch",
     "roce_cross_leaf": "RoCE, three switches",
 }
+UNIT = Times(1, 2, 1, 3)
 TOPOLOGIES = {
     "ft2": "two-layer fat tree",
     "mpft": "multi-plane, 8 of them",
@@ -37,11 +40,11 @@ def latencies() -> None:
     network = tiers.network("h800")
     rate = {"nvlink": network.inside.bandwidth}
     print("quoted: ISCA table 5, 64 bytes, microseconds; derived: bytes = latency x bandwidth")
-    print(f"{'':28}{'latency':>8}{'GB/s reached':>14}{'as long as its latency':>24}")
+    print(f"{'':28}{'latency':>8}{'GB/s reached':>14}{'bytes that take that long':>27}")
     for link, title in LINKS.items():
         beta = rate.get(link, network.across.bandwidth)
         size = _latency(link) * 1e-6 * beta
-        print(f"{title:28}{_latency(link):>8.2f}{beta / 1e9:>14.0f}{size / 1e3:>21,.0f} KB")
+        print(f"{title:28}{_latency(link):>8.2f}{beta / 1e9:>14.0f}{size / 1e3:>24,.0f} KB")
 
 
 def printed_topologies() -> dict[str, Topology]:
@@ -100,32 +103,65 @@ def step() -> None:
         )
 
 
+def bubble_measured(stages: int = 16, micro_batches: int = 120) -> None:
+    """Print table 4's bubble beside what its own times give in the published order."""
+    schedule, step = dual_pipe(stages, micro_batches), step_time.printed("step")
+    both = [step_time.operation_times(schedule, whole) for whole in (True, False)]
+    waits = [schedule.bubble(times) for times in both]
+    formula = schedule.bubble(UNIT) / schedule.length(UNIT)
+    print(
+        f"bubble in ISCA table 4: {step_time.printed('bubble'):.2f} s, "
+        f"{step_time.shares()['bubble']:.1%} of the step; {formula:.1%} with F 1, B 2 and W 1\n"
+        f"simulated with table 4's own times, {stages} stages and {micro_batches} micro-batches "
+        f"(assumed):\n{waits[0]:.2f} to {waits[1]:.2f} s, {waits[0] / step:.1%} to "
+        f"{waits[1] / step:.1%}, by what its 1B counts. The rest is unexplained: uneven\n"
+        "stages or messages in the open could be it; neither is tested here"
+    )
+
+
 def decode_limits() -> None:
     """Print the paper's bound on decoding speed, and what it becomes with its own other numbers."""
     paper_ib, paper_nvl = limits.infiniband(), limits.nvl72()
+    alpha = _latency("nvlink")
     cases = [
         ("InfiniBand, 50 GB/s, 7K = 7000", paper_ib, "67"),
         ("    with 7,168 and FP8's scales", limits.exact(paper_ib), ""),
         ("    that, at section 4.3's 40 GB/s", limits.effective(limits.exact(paper_ib)), ""),
         ("NVL72, 900 GB/s, 7K = 7000", paper_nvl, "about 1200"),
         ("    with 7,168 and FP8's scales", limits.exact(paper_nvl), ""),
+        (f"    7K = 7000, and {alpha} us four times", replace(paper_nvl, alpha=alpha * 1e-6), ""),
+        (
+            "    7K = 7000, 257 experts on 72 GPUs",
+            replace(paper_nvl, experts_per_device=257 / 72),
+            "",
+        ),
     ]
     print(f"{'ISCA section 2.3.2':38}{'us a layer':>11}{'ms a token':>11}{'tokens/s':>10}  printed")
     for title, bound, said in cases:
         print(
             f"{title:38}{bound.layer * 1e6:>11.2f}{bound.per_token * 1e3:>11.2f}"
-            f"{bound.tokens_per_second:>10.1f}  {said}"
+            f"{bound.tokens_per_second:>10.1f}  {said}".rstrip()
         )
+    print("four times a layer: two micro-batches, dispatch and combine; table 5's NVLink latency")
 
 
 def deep_ep() -> None:
-    """Print DeepEP's published latencies beside the model's, which is fitted to none of them."""
-    checks = {check.row.id: check for check in deepep.checks()}
-    print("DeepEP's first README, 128 tokens a GPU over RDMA, microseconds; ours: alpha + n / beta")
+    """Print DeepEP's published numbers beside the model's, which is fitted to none of them."""
+    print("DeepEP's README beside ours, alpha + n / beta; the 40 GB/s are from the same cluster")
     print(f"{'GPUs':>6}{'dispatch':>11}{'ours':>8}{'off':>7}{'combine':>11}{'ours':>8}{'off':>7}")
-    for ranks in (8, 16, 32, 64, 128, 256):
+    print("decoding, 128 tokens a GPU, all over RDMA, microseconds (first release)")
+    _deep_ep_rows("latency", (8, 16, 32, 64, 128, 256))
+    print("the same with NVLink within a node (June 2025): 8 GPUs are one node, kernels decide")
+    _deep_ep_rows("latency_nvlink", (8, 16, 32, 64))
+    print("training, 4,096 tokens a GPU, two stages, GB/s as DeepEP counts them (first release)")
+    _deep_ep_rows("rate", (8, 16, 32, 64))
+
+
+def _deep_ep_rows(family: str, sizes: Collection[int]) -> None:
+    checks = {check.row.id: check for check in deepep.checks()}
+    for ranks in sizes:
         line = f"{ranks:>6}"
         for way in ("dispatch", "combine"):
-            one = checks[f"deepep.latency.{way}.{ranks}"]
+            one = checks[f"deepep.{family}.{way}.{ranks}"]
             line += f"{one.quoted:>11.0f}{one.computed:>8.0f}{one.off:>7.1%}"
         print(line)

@@ -2,7 +2,10 @@
 
 from matplotlib.figure import Figure
 
+from dsv3_tutorial.cost import step_time
+from dsv3_tutorial.cost.schedule import dual_pipe
 from dsv3_tutorial.cost.sharding import overlap_speedup
+from dsv3_tutorial.learn.figures import mesh_map
 from dsv3_tutorial.learn.figures.style import (
     COMMUNICATION,
     COMPUTE,
@@ -13,6 +16,7 @@ from dsv3_tutorial.learn.figures.style import (
 )
 
 SMS = 132
+QUOTED = 1.0  # V3 report, section 3.2.1: "approximately 1:1"
 
 
 def dual_micro_batch(sms: int = 20, communication: float = 1.0) -> Figure:
@@ -60,6 +64,33 @@ def _lane(ax, place: float, parts: list[tuple[float, str]]) -> None:
         who = "AB"[index // 2]
         ax.text(left + width / 2, place, who, color="white", ha="center", va="center", fontsize=10)
         left += width
+
+
+def counted_ratio() -> float:
+    """Seconds that the experts' traffic takes over those in which a GPU computes (ISCA table 4)."""
+    return _experts() / step_time.computing()
+
+
+def _experts() -> float:
+    return next(k.seconds for k in mesh_map.found(mesh_map.Split()) if k.name == "experts")
+
+
+def ratios_table(sms: int = 20) -> None:
+    """Print what overlapping buys at the quoted ratio, at the counted one, and by table 4."""
+    counted = (
+        f"counted: {_experts():.2f} s over table 4's {step_time.computing():.2f} s of computing"
+    )
+    print(f"{'':53}{'communication':>15}{f'with {sms} of {SMS} SMs':>22}")
+    for said, ratio in (("quoted: V3 report, section 3.2.1", QUOTED), (counted, counted_ratio())):
+        gain = overlap_speedup(1.0, ratio, SMS, sms)
+        print(f"{said:53}{f'{ratio:.2f} : 1':>15}{f'{gain:.2f} times':>22}")
+    schedule = dual_pipe(16, 120)
+    both = (step_time.operation_times(schedule, whole) for whole in (True, False))
+    least, most = ((times.t_f + times.t_b) / times.pair for times in both)
+    print(
+        f"by ISCA table 4's own times a pair is {least:.2f} to {most:.2f} times as fast as its "
+        "parts one after the other\n(by what its 1B counts; 120 micro-batches are assumed)"
+    )
 
 
 def dual_micro_batch_in_words(sms: int = 20, communication: float = 1.0) -> str:

@@ -127,10 +127,14 @@ def future_in_words(
     """What the four knobs make of both bounds, and which tier still decides decoding."""
     asked = Hardware(bandwidth_ratio, domain, bits, latency_us)
     across = asked.network.across.bandwidth / 1e9
+    paper = limits.effective(limits.exact(limits.infiniband())).tokens_per_second
+    free = replace(TODAY, latency_us=0.0).decode
     where = "all in one node" if domain == DEVICES else f"{DEVICES // domain} nodes of {domain}"
     return (
         f"{across:.4g} GB/s between nodes, {DEVICES} GPUs as {where}, {bits} bits back, "
         f"{latency_us:g} us: decoding at most {asked.decode:.1f} tokens/s (today "
         f"{TODAY.decode:.1f}), the all-to-all of a training step {asked.all_to_all:.2f} s "
-        f"({TODAY.all_to_all:.2f})."
+        f"({TODAY.all_to_all:.2f}). The paper's {paper:.1f} at today's rate has no latency, and "
+        f"all copies cross; here 1 in {DEVICES // TODAY.domain} stays in its node (alone: "
+        f"{free:.1f})."
     )

@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dsv3_tutorial.learn.figures.style import COMMUNICATION, INK, figure
+from dsv3_tutorial.learn.figures.style import COMMUNICATION, INK, MEMORY, figure, note
 
 MOST = 6  # ranks that can be drawn
 Held = list[list[int]]  # [rank][chunk]: of how many ranks a rank's copy is the sum
@@ -35,7 +35,7 @@ def ring(world: int = 4) -> Figure:
     seen = steps(world)
     fig, axes = figure(10, 2.3, columns=len(seen))
     for index, (ax, held) in enumerate(zip(axes, seen)):
-        _grid(ax, held, world)
+        _grid(ax, held, seen[max(0, index - 1)], world)
         ax.set_title("before" if not index else f"step {index}", fontsize=10, color=INK)
     axes[0].set_ylabel("rank", fontsize=11, color=INK)
     axes[0].set_yticks(range(world))
@@ -45,10 +45,12 @@ def ring(world: int = 4) -> Figure:
         f"A ring of {world}: {len(seen) - 1} steps, {each:g} times the vector sent by each rank",
         **{"x": 0.01, "ha": "left", "fontsize": 13, "color": INK, "weight": "bold"},
     )
+    note(fig, "each number: of how many ranks the copy is the sum; framed: arrived in this step")
     return fig
 
 
-def _grid(ax: Axes, held: Held, world: int) -> None:
+def _grid(ax: Axes, held: Held, before: Held, world: int) -> None:
+    """A step's sums; what the step has changed is framed."""
     for rank, row in enumerate(held):
         for chunk, terms in enumerate(row):
             colour = COMMUNICATION if terms == world else "white"
@@ -60,6 +62,9 @@ def _grid(ax: Axes, held: Held, world: int) -> None:
                     **{"facecolor": colour, "edgecolor": INK, "linewidth": 0.6, "clip_on": False},
                 )
             )
+            if terms != before[rank][chunk]:
+                frame = {"fill": False, "edgecolor": MEMORY, "linewidth": 3, "zorder": 3}
+                ax.add_patch(Rectangle((chunk - 0.42, rank - 0.42), 0.84, 0.84, **frame))
             ax.text(chunk, rank, terms, ha="center", va="center", fontsize=10, color=ink)
     ax.set(xlim=(-0.5, world - 0.5), ylim=(world - 0.5, -0.5), aspect="equal")
     ax.set_xticks([])

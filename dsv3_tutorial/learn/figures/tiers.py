@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from dsv3_tutorial import hardware
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.learn.figures.style import COMMUNICATION, COMPUTE, INK, MEMORY, figure
+from dsv3_tutorial.learn.figures.style import COMMUNICATION, COMPUTE, INK, MEMORY, figure, note
 
 ETHERNET = 25e9 / 8  # a 25 Gb/s port, the usual one of a server without a cluster's network
 TOKENS = 4096
@@ -62,6 +62,12 @@ def bandwidths() -> Figure:
     fig.suptitle(
         f"What the registers deliver is {ratio:,.0f} times what InfiniBand does (areas to scale)",
         **{"x": 0.01, "ha": "left", "fontsize": 13, "color": INK, "weight": "bold"},
+    )
+    note(
+        fig,
+        "H800, one direction; derived from its FP32 rate: registers, shared memory; data sheets: "
+        "HBM,\nthe H100's NVLink; as reached (ISCA section 4.3): NVLink, InfiniBand; "
+        "line rate: Ethernet",
     )
     return fig
 

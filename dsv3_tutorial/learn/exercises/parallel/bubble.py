@@ -1,4 +1,6 @@
-"""How long a pipeline's stages wait, from their orders alone; and work that hides messages."""
+"""How long a pipeline's stages wait, from their orders alone."""
+
+import re
 
 from dsv3_tutorial.cost.schedule_orders import one_f_one_b_order
 from dsv3_tutorial.cost.sharding import bubble
@@ -26,8 +28,8 @@ def _fixed(orders: list[list[str]], *times: float):
     return lambda: ([list(order) for order in orders], *times)
 
 
-def _length(orders, t_f, t_b, before=None, times=None) -> float:
-    """The step's seconds, with who waits for whom open to be got wrong."""
+def _clocks(orders, t_f, t_b, before=None, times=None) -> list[float]:
+    """When each stage has ended, with who waits for whom open to be got wrong."""
     before = before or {"F": -1, "B": 1}
     seconds = times or {"F": t_f, "B": t_b}
     ends, clock, left = {}, [0.0] * len(orders), [list(order) for order in orders]
@@ -47,7 +49,11 @@ def _length(orders, t_f, t_b, before=None, times=None) -> float:
             clock[stage] += seconds[name[0]]
             ends[stage, name] = clock[stage]
             moved = True
-    return max(clock)
+    return clock
+
+
+def _length(*args) -> float:
+    return max(_clocks(*args))
 
 
 def _busy(orders, t_f, t_b) -> float:
@@ -61,6 +67,33 @@ def _open(before=None):
 def _one_time(orders, t_f, t_b):
     same = {"F": t_f, "B": t_f}
     return _length(orders, t_f, t_b, None, same) - len(orders[0]) * t_f
+
+
+def _last_stage(orders, t_f, t_b):
+    return _clocks(orders, t_f, t_b)[-1] - _busy(orders, t_f, t_b)
+
+
+def _not_halved(orders, t_f, t_b):
+    return _length(orders, t_f, t_b) - len(orders[0]) * (t_f + t_b)
+
+
+def _last_stage_not_halved(orders, t_f, t_b):
+    return _clocks(orders, t_f, t_b)[-1] - len(orders[0]) * (t_f + t_b)
+
+
+def _not_known_yet(error: BaseException, arguments: tuple) -> str | None:
+    """What a KeyError or IndexError is about: a stage that is not there, or a later operation."""
+    if not isinstance(error, KeyError | IndexError):
+        return None
+    key = error.args[0] if error.args else None
+    parts = key if isinstance(key, tuple) else (key,)
+    names = [part for part in parts if isinstance(part, str) and re.fullmatch(r"[FB]\d+", part)]
+    stages = [part for part in parts if isinstance(part, int)]
+    if isinstance(error, IndexError) or {-1, len(arguments[0])} & set(stages):
+        return "The first stage's forwards and the last stage's backwards wait for no other stage."
+    what = "What is looked up here" if len(names) != 1 else names[0]
+    where = f" of stage {stages[0]}" if len(names) == len(stages) == 1 else ""
+    return f"{what}{where} is not known yet: go on with another stage, and come back to this one."
 
 
 def _closed_form(orders, t_f, t_b):
@@ -103,7 +136,8 @@ BUBBLE = Exercise(
         Mutant(
             "forwards only",
             _open({"F": -1, "B": 0}),
-            "Backwards do not wait: a gradient comes from the stage after.",
+            "Backwards do not wait: a gradient comes from the stage after, whose end is not known "
+            "yet when the stages are gone through once.",
         ),
         Mutant(
             "backwards only",
@@ -114,6 +148,28 @@ BUBBLE = Exercise(
             "one direction",
             _open({"F": -1, "B": -1}),
             "Backwards run the other way: B waits for the stage after.",
+        ),
+        Mutant(
+            "last stage",
+            _last_stage,
+            "The step ends with stage 0's last backward, not with the last stage: take the latest "
+            "of all clocks.",
+        ),
+        Mutant(
+            "not halved",
+            _not_halved,
+            "An order holds F and B, so it is 2 x micro-batches long: halve it.",
+        ),
+        Mutant(
+            "last stage, not halved",
+            _last_stage_not_halved,
+            "An order holds F and B: half its length is micro_batches. And the step ends with "
+            "stage 0's last backward, not with the last stage.",
+        ),
+        Mutant(
+            "stages for micro-batches",
+            lambda orders, t_f, t_b: _length(orders, t_f, t_b) - len(orders) * (t_f + t_b),
+            "len(orders) counts the stages; micro-batches are half of what an order holds.",
         ),
         Mutant("length", _length, "This is the whole step; subtract the time that a stage works."),
         Mutant(
@@ -133,92 +189,5 @@ BUBBLE = Exercise(
             "This is 1F1B's closed form; other orders wait longer: use the orders.",
         ),
     ],
+    raised=_not_known_yet,
 )
-
-
-def _slow(compute, communication, sms=132, reserved=20):
-    return compute * sms / (sms - reserved)
-
-
-OVERLAP_SPEEDUP = Exercise(
-    name="parallel.overlap_speedup",
-    reference="dsv3_tutorial.cost.sharding:overlap_speedup",
-    cases=[
-        Case("as long as each other", lambda: (1.0, 1.0)),
-        Case("mostly messages", lambda: (1.0, 3.0)),
-        Case("mostly arithmetic", lambda: (5.0, 0.5)),
-        Case("no SM reserved", lambda: (2.0, 1.0, 132, 0)),
-        Case("another chip", lambda: (3.0, 2.9, 78, 10), hidden=True),
-        Case("balanced", lambda: (112.0, 132.0), hidden=True),
-        Case("milliseconds", lambda: (1.2e-3, 0.9e-3, 108), hidden=True),
-    ],
-    hints=[
-        "One after the other, on all SMs: compute + communication.",
-        "Overlapped, sms - reserved are left to compute: compute * sms / (sms - reserved).",
-        "While one micro-batch computes the other communicates, so the longer of the two decides.",
-    ],
-    difficulty=2,
-    importance=4,
-    minutes=4,
-    lines=2,
-    mutants=[
-        Mutant(
-            "no price",
-            lambda compute, communication, sms=132, reserved=20: (
-                (compute + communication) / max(compute, communication)
-            ),
-            "The reserved SMs do not compute: overlapped arithmetic takes longer.",
-        ),
-        Mutant(
-            "price twice",
-            lambda compute, communication, sms=132, reserved=20: (
-                (_slow(compute, communication, sms, reserved) + communication)
-                / max(_slow(compute, communication, sms, reserved), communication)
-            ),
-            "One after the other, all SMs compute: no price there.",
-        ),
-        Mutant(
-            "upside down",
-            lambda compute, communication, sms=132, reserved=20: (
-                (compute + communication) / max(compute * (sms - reserved) / sms, communication)
-            ),
-            "With fewer SMs arithmetic takes longer, not shorter.",
-        ),
-        Mutant(
-            "reserved only",
-            lambda compute, communication, sms=132, reserved=20: (
-                (compute + communication) / max(compute * sms / max(reserved, 1), communication)
-            ),
-            "The arithmetic runs on the reserved SMs here: it runs on the others.",
-        ),
-        Mutant(
-            "the shorter",
-            lambda compute, communication, sms=132, reserved=20: (
-                (compute + communication)
-                / min(_slow(compute, communication, sms, reserved), communication)
-            ),
-            "The longer of the two decides, not the shorter.",
-        ),
-        Mutant(
-            "ratio of times",
-            lambda compute, communication, sms=132, reserved=20: (
-                max(_slow(compute, communication, sms, reserved), communication)
-                / (compute + communication)
-            ),
-            "This is the fraction upside down: how much faster is the old time over the new.",
-        ),
-        Mutant(
-            "both slowed",
-            lambda compute, communication, sms=132, reserved=20: (
-                (compute + communication)
-                / max(
-                    _slow(compute, communication, sms, reserved),
-                    _slow(communication, compute, sms, reserved),
-                )
-            ),
-            "Communication is not slowed by its own SMs: only arithmetic loses them.",
-        ),
-    ],
-)
-
-EXERCISES = [BUBBLE, OVERLAP_SPEEDUP]

@@ -15,6 +15,11 @@ def _other_heads() -> tuple:
     return replace(ModelConfig.named("qwen2.5-72b"), **heads), 1000, 4, 3, 1
 
 
+def _other_latent() -> tuple:
+    widths = {"kv_lora_rank": 384, "qk_rope_head_dim": 32}
+    return replace(ModelConfig.named("deepseek-v3"), **widths), 640, 4, 2
+
+
 def _latent(cfg: ModelConfig, tp: int) -> float:
     return cfg.kv_lora_rank + cfg.qk_rope_head_dim
 
@@ -51,8 +56,10 @@ CACHE_PER_GPU = Exercise(
         Case("DeepSeek-V3, TP 1, DP 8", _served("deepseek-v3", 65536, 1, 8)),
         Case("Qwen2.5 72B, TP 16, DP 2", _served("qwen2.5-72b", 4096, 16, 2)),
         Case("one byte a number", _served("deepseek-v3", 4096, 4, 2, 1)),
+        Case("tokens that do not divide", _served("deepseek-v3", 1001, 2, 8)),
         Case("another GQA model", _served("llama-3.1-405b", 2048, 2, 4, 4), hidden=True),
         Case("another latent", _served("deepseek-v2-lite", 999, 2, 8, 1), hidden=True),
+        Case("a latent of another width", _other_latent, hidden=True),
         Case("heads that do not divide", _other_heads, hidden=True),
         Case("one GPU", _served("qwen2.5-72b", 7, 1, 1), hidden=True),
     ],
@@ -68,6 +75,11 @@ CACHE_PER_GPU = Exercise(
     minutes=4,
     lines=5,
     mutants=[
+        Mutant(
+            "V3's latent",
+            _open(mla=lambda cfg, tp: 576),
+            "576 is V3's latent and rotary key; read kv_lora_rank and qk_rope_head_dim from cfg.",
+        ),
         Mutant(
             "latent divided",
             _open(mla=lambda cfg, tp: _latent(cfg, tp) / tp),
@@ -85,6 +97,11 @@ CACHE_PER_GPU = Exercise(
             "With tp above kv_heads a GPU would hold less than one head: heads are copied then.",
         ),
         Mutant(
+            "no head left",
+            _open(plain=lambda cfg, tp: 2 * (cfg.kv_heads // tp) * cfg.head_size),
+            "More GPUs than heads: each still holds one, so round up, not down.",
+        ),
+        Mutant(
             "rounded down",
             _open(plain=lambda cfg, tp: 2 * max(1, cfg.kv_heads // tp) * cfg.head_size),
             "Where the heads do not divide, the fullest GPU holds one more: round up.",
@@ -93,6 +110,11 @@ CACHE_PER_GPU = Exercise(
             "dp ignored",
             _open(share=lambda tokens, dp: tokens),
             "dp is not used: each replica holds its own share of the tokens.",
+        ),
+        Mutant(
+            "tokens rounded down",
+            _open(share=lambda tokens, dp: tokens // dp),
+            "Tokens do not divide: the fullest replica holds one more.",
         ),
         Mutant(
             "tokens in fractions",

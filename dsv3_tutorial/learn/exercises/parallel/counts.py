@@ -80,7 +80,7 @@ DESTINATION_COUNTS = Exercise(
         Mutant(
             "interleaved",
             _interleaved,
-            "Experts are dealt out in turn here: neighbours share a rank.",
+            "This deals experts out like cards; here neighbours share a rank.",
         ),
         Mutant(
             "divided by world",

@@ -4,15 +4,19 @@ import torch
 from torch import Tensor
 
 from dsv3_tutorial.learn.draw import randn
-from dsv3_tutorial.learn.exercises.parallel.lockstep import Together, add_up, compared, together
+from dsv3_tutorial.learn.exercises.parallel.gradient_bugs import (
+    BUGS,
+    HALF,
+    NORMS,
+    REPLICATED,
+    Steps,
+    compare,
+    counted,
+)
+from dsv3_tutorial.learn.exercises.parallel.lockstep import add_up, together
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
-BUGS = {
-    "counts": "each rank moves the bias by its own tokens' counts; the load is that of all ranks",
-    "expert": "an expert's gradient, which holds all ranks' tokens already, is added to that of "
-    "other experts on other ranks",
-    "norm": "each rank clips by a norm of its own, with its own experts only; the model has one",
-}
+ANY = 1e6  # a limit that no gradient reaches
 
 
 def buggy(
@@ -44,12 +48,6 @@ def buggy(
     return step
 
 
-def _remaining(kept: tuple[str, ...]) -> Mutant:
-    left = {3: "All three bugs are left.", 2: "Two bugs are left."}
-    message = left.get(len(kept)) or f"One bug is left: {BUGS[kept[0]]}."
-    return Mutant(" and ".join(kept), buggy(*kept), message)
-
-
 def _case(seed: int, world: int, size: float, experts: int = 8, max_norm: float = 1.0, dtype=None):
     """Every rank's gradients and counts, stacked; size: their gradients' standard deviation."""
 
@@ -62,14 +60,22 @@ def _case(seed: int, world: int, size: float, experts: int = 8, max_norm: float 
     return make
 
 
-def _ranks(function, replicated, expert, counts, bias, gamma, max_norm) -> Together:
-    """The function on len(counts) ranks: one row of each tensor for each rank, one bias for all."""
+def _ranks(function, replicated, expert, counts, bias, gamma, max_norm) -> Steps:
+    """The function on len(counts) ranks, clipped and not: one row of each tensor for each rank."""
 
-    def make(rank: int, collective) -> tuple:
+    def make(rank: int, collective, limit: float) -> tuple:
         own = (each[rank].clone() for each in (replicated, expert, counts))
-        return *own, bias.clone(), gamma, max_norm, len(counts), collective("all_reduce")
+        return *own, bias.clone(), gamma, limit, len(counts), collective("all_reduce")
 
-    return together(function, make, len(counts), {"all_reduce": add_up})
+    def run(limit: float):
+        return together(
+            function,
+            lambda rank, collective: make(rank, collective, limit),
+            len(counts),
+            {"all_reduce": add_up},
+        )
+
+    return Steps(run(ANY), run(max_norm), max_norm)
 
 
 def _counted_by_each(shared: Tensor, own: Tensor, all_reduce) -> Tensor:
@@ -80,8 +86,27 @@ def _norms_added(shared: Tensor, own: Tensor, all_reduce) -> Tensor:
     return (shared.sqrt() + all_reduce(own.sqrt())).square()
 
 
+def _whole_norms_added(shared: Tensor, own: Tensor, all_reduce) -> Tensor:
+    return all_reduce((shared + own).sqrt()).square()
+
+
+def _averaged(shared: Tensor, own: Tensor, all_reduce) -> Tensor:
+    ranks = all_reduce(torch.ones_like(own))
+    return all_reduce(shared + own) / ranks
+
+
 def _experts_forgotten(shared: Tensor, own: Tensor, all_reduce) -> Tensor:
     return shared
+
+
+def _left(kept: tuple[str, ...]) -> Mutant:
+    return Mutant(" and ".join(kept), buggy(*kept), counted(kept, {}))
+
+
+def _half_mended(kept: tuple[str, ...], name: str, part: str, said: str, **how) -> Mutant:
+    """One bug mended in part, beside those that are as they were."""
+    message = counted((*kept, part), {part: said})
+    return Mutant(f"{name}, {len(kept)} more", buggy(*kept, **how), message)
 
 
 FIND_THE_BUG = Exercise(
@@ -107,46 +132,28 @@ FIND_THE_BUG = Exercise(
     minutes=10,
     lines=3,
     mutants=[
-        _remaining(("counts", "expert", "norm")),
-        _remaining(("counts", "expert")),
-        _remaining(("counts", "norm")),
-        _remaining(("expert", "norm")),
-        *(_remaining((bug,)) for bug in BUGS),
-        Mutant(
-            "experts not averaged",
-            buggy(expert_mean=False),
-            "The loss is the mean over the ranks: an expert's gradient is divided by world too.",
+        _left(("counts", "expert", "norm")),
+        _left(("counts", "expert")),
+        _left(("counts", "norm")),
+        _left(("expert", "norm")),
+        *(_left((bug,)) for bug in BUGS),
+        _half_mended((), "experts not averaged", "expert", HALF, expert_mean=False),
+        _half_mended(("norm",), "experts not averaged", "expert", HALF, expert_mean=False),
+        _half_mended(("counts", "norm"), "experts not averaged", "expert", HALF, expert_mean=False),
+        *(
+            _half_mended(kept, name, "norm", NORMS[name], squares=squares)
+            for name, squares in {
+                "replicated by each": _counted_by_each,
+                "norms added": _norms_added,
+                "whole norms added": _whole_norms_added,
+                "averaged": _averaged,
+                "experts forgotten": _experts_forgotten,
+            }.items()
+            for kept in ((), ("counts",))
         ),
-        Mutant(
-            "replicated not averaged",
-            buggy(shared_mean=False),
-            "The replicated gradients are summed, not averaged: the loss is the mean.",
-        ),
-        Mutant(
-            "replicated not summed",
-            buggy(shared=lambda g, all_reduce: g),
-            "The replicated gradients hold one rank's tokens only.",
-        ),
-        Mutant(
-            "replicated counted by each",
-            buggy(squares=_counted_by_each),
-            "The replicated gradients are in the norm once for every rank; they are one tensor.",
-        ),
-        Mutant(
-            "norms added",
-            buggy(squares=_norms_added),
-            "Norms are added: add the squares, then take the root.",
-        ),
-        Mutant(
-            "experts forgotten",
-            buggy(squares=_experts_forgotten),
-            "The experts are not in the norm any more.",
-        ),
-        Mutant(
-            "never clipped",
-            buggy(shrink=torch.ones_like),
-            "Nothing is clipped any more.",
-        ),
+        _half_mended((), "never clipped", "norm", NORMS["never clipped"], shrink=torch.ones_like),
+        Mutant("replicated not averaged", buggy(shared_mean=False), REPLICATED["summed"]),
+        Mutant("replicated not summed", buggy(shared=lambda g, all_reduce: g), REPLICATED["own"]),
         Mutant(
             "always scaled",
             buggy(shrink=lambda scale: scale),
@@ -154,6 +161,6 @@ FIND_THE_BUG = Exercise(
         ),
         Mutant("wrong way", buggy(sign=-1.0), "The busy experts are lifted: lower them."),
     ],
-    compare=compared(lambda got, expected: None, tolerance=1e-5),  # some add 1e-6 to a norm
+    compare=compare,
     run=_ranks,
 )

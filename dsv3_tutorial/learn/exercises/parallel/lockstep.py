@@ -51,7 +51,8 @@ class Message:
 class Together:
     """What all ranks did: their results in rank order, or what would have made them hang.
 
-    sent: each rank's messages; flops: the most of any rank; changed: what became of the inputs.
+    sent: each rank's messages; flops: the most of any rank; changed: what became of the inputs;
+    said: a hint to a wrong result; gradients: what an exercise finds behind the results.
     """
 
     results: list[Any] = field(default_factory=list)
@@ -59,6 +60,8 @@ class Together:
     trouble: str | None = None
     changed: str | None = None
     flops: int = 0
+    said: str | None = None
+    gradients: Any = None
 
     def bytes(self, *kinds: str) -> int:
         """Bytes that the busiest rank gave to collectives, of these kinds or of all."""
@@ -186,15 +189,25 @@ def add_up(tensors: list[Tensor]) -> list[Tensor]:
     return [total] * len(tensors)
 
 
-def compared(over: Callable[[Together, Together], str | None], tolerance: float | None = None):
-    """compare for an exercise: trouble, each rank's result, inputs, then over(got, expected)."""
+def compared(
+    over: Callable[[Together, Together], str | None],
+    tolerance: float | None = None,
+    names: Sequence[str] = (),
+):
+    """compare for an exercise: trouble, each rank's result, inputs, then over(got, expected).
+
+    names: what the items of a result are, for words.
+    """
 
     def compare(got: Together, expected: Together) -> str | None:
         if got.trouble or expected.trouble:
             return None if got.trouble == expected.trouble else got.trouble or "the ranks end"
         for rank, (one, other) in enumerate(zip(got.results, expected.results, strict=True)):
             if wrong := _difference(one, other, tolerance):
-                return f"on rank {rank} of {len(got.results)}: {wrong}"
+                for index, name in enumerate(names):
+                    wrong = wrong.replace(f"item {index} of the result", name, 1)
+                hint = f". Hint: {got.said.removesuffix('.')}" if got.said else ""
+                return f"on rank {rank} of {len(got.results)}: {wrong}{hint}"
         if got.changed != expected.changed:
             return got.changed or "an input should have changed"
         return over(got, expected)

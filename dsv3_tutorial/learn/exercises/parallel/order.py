@@ -3,6 +3,19 @@
 from dsv3_tutorial.cost.schedule_orders import one_f_one_b_order
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
+# ends of a sentence to which a verdict adds its full stop
+_PAIR = (
+    "First min(stages - 1 - stage, micro_batches) forwards; then a forward first, then the oldest "
+    "backward, in turn"
+)
+_OLDEST = "Gradients arrive in the order of the forwards, so the oldest micro-batch goes back first"
+_LEFT = (
+    "Each pair ends with one backward, i - ahead; the `ahead` that are left come last, up to "
+    "B(micro_batches - 1)"
+)
+_FORWARDS = "First `ahead` forwards, then one more in each pair, up to F(micro_batches - 1)"
+_NUMBERS = "Micro-batches are numbered from 0 to micro_batches - 1, like F0 and B0"
+
 
 def _case(stage: int, stages: int, micro_batches: int):
     return lambda: (stage, stages, micro_batches)
@@ -24,19 +37,21 @@ def _what_differs(got: list, expected: list) -> str | None:
     if not all(isinstance(name, str) for name in got):
         return 'return a list of text like ["F0", "B0"]'
     if unknown := [name for name in got if name not in expected]:
-        return f"{unknown[0][:12]!r} is no operation of this step"
+        return f"{unknown[0][:12]!r} is no operation of this step. Hint: {_NUMBERS}"
     for name in expected:
         if got.count(name) != 1:
-            return f"{name} stands {got.count(name)} times, expected once"
+            hint = _LEFT if name[0] == "B" else _FORWARDS
+            return f"{name} stands {got.count(name)} times, expected once. Hint: {hint}"
         if name[0] == "B" and got.index(name) < got.index("F" + name[1:]):
-            return f"{name} stands before F{name[1:]}"
+            return f"{name} stands before F{name[1:]}. Hint: {_PAIR}"
     if live(got) > live(expected):
         return (
             f"{live(got)} micro-batches are live at once, the budget is {live(expected)} "
-            "(stages - stage, and no more than there are)"
+            f"(stages - stage, and no more than there are). Hint: {_PAIR}"
         )
     at = next(i for i, (one, other) in enumerate(zip(got, expected, strict=True)) if one != other)
-    return f"place {at} of the order is {got[at]}, where another operation belongs"
+    hint = _PAIR if "F" in expected[at] + got[at] else _OLDEST
+    return f"place {at} of the order is {got[at]}, where another operation belongs. Hint: {hint}"
 
 
 def _ahead(ahead):
@@ -70,6 +85,14 @@ def _more_than_there_are(stage, stages, micro_batches):
     for i in range(ahead, micro_batches):
         names += [f"F{i}", f"B{i - ahead}"]
     return names + [f"B{i}" for i in range(max(0, micro_batches - ahead), micro_batches)]
+
+
+def _backward_in_front(stage, stages, micro_batches):
+    ahead = min(stages - 1 - stage, micro_batches)
+    names = [f"F{i}" for i in range(ahead)]
+    for i in range(ahead, micro_batches):
+        names += [f"B{i - ahead}", f"F{i}"]
+    return names + [f"B{i}" for i in range(micro_batches - ahead, micro_batches)]
 
 
 def _newest_first(stage, stages, micro_batches):
@@ -144,6 +167,11 @@ ONE_F_ONE_B = Exercise(
             "always stages - 1",
             _ahead(lambda stage, stages: stages - 1),
             "Every stage runs as many ahead as the first: later stages need fewer.",
+        ),
+        Mutant(
+            "backward in front",
+            _backward_in_front,
+            "In a pair the backward comes first: a forward first, then the oldest backward.",
         ),
         Mutant("not drained", _not_drained, "The last backwards are missing: the pipeline drains."),
         Mutant(

@@ -1,52 +1,52 @@
-"""Counting the FLOP of matrix products, whatever a learner writes them with.
+"""Counting the FLOP of products, whatever a learner writes them with.
 
-By the calls of torch's functions, not by what they run: torch's own FlopCounterMode loads its
-compiler first, and a verdict would take seconds.
+By what torch runs, so that matmul, linear, addmm, einsum and tensordot are all the same few
+products. torch's own FlopCounterMode loads its compiler first, and a verdict would take seconds.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "mv", "linear"}
+# the place of the first factor among the arguments; addbmm also sums over its first dimension
+_PRODUCTS = {
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot"), 0),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv", "addbmm", "_addmm_activation"), 1),
+}
 
 
 def counted_flops(call: Callable[[], Any]) -> int:
-    """FLOP of the matrix products in call(): two for each multiply and add.
+    """FLOP of the products in call(): two for each multiply and add.
 
-    Products with @, matmul, mm, bmm, linear and einsum are counted; one written with * and sum is
-    not, so that nobody is accused of what is not there.
+    One written with * and sum is counted where * makes more numbers than either factor has; an
+    elementwise product is not.
     """
     with _Counter() as counter:
         call()
     return counter.total
 
 
-class _Counter(TorchFunctionMode):
+class _Counter(TorchDispatchMode):
     total = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's own switch: with it the first call would load the compiler
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name in _PRODUCTS and isinstance(out, Tensor):
-            self.total += 2 * out.numel() * args[0].shape[-1]
-        elif name == "einsum" and "->" in args[0]:
-            self.total += 2 * out.numel() * _summed(*args)
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS:
+            first = args[_PRODUCTS[name]]
+            summed = first.shape[-1] * (len(first) if name == "addbmm" else 1)
+            self.total += 2 * out.numel() * summed
+        elif name == "mul" and isinstance(out, Tensor) and _outer(out, args):
+            self.total += 2 * out.numel()
         return out
 
 
-def _summed(equation: str, *operands: Any) -> int:
-    """How many products an einsum adds up for each number of its result."""
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    tensors = (
-        operands[0] if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
-    )
-    sizes: dict[str, int] = {}
-    for spec, tensor in zip(inputs.split(","), tensors, strict=True):
-        first, _, last = spec.partition("...")
-        sizes.update(zip(first, tensor.shape, strict=False))
-        sizes.update(zip(reversed(last), reversed(tensor.shape), strict=False))
-    return math.prod(size for letter, size in sizes.items() if letter not in output)
+def _outer(out: Tensor, factors: tuple) -> bool:
+    return all(isinstance(each, torch.Tensor) and each.numel() < out.numel() for each in factors)

@@ -2,10 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dsv3_tutorial.learn.draw import randn
-from dsv3_tutorial.learn.exercises.parallel.lockstep import Together, add_up, compared, together
+from dsv3_tutorial.learn.exercises.parallel.lockstep import compared
+from dsv3_tutorial.learn.exercises.parallel.split_ranks import (
+    DETACHED,
+    on_ranks,
+    over,
+    stored_turned,
+)
 from dsv3_tutorial.learn.registry import Case, Exercise, Mutant
 
 
@@ -13,31 +18,6 @@ def _case(seed: int, world: int, width: int, *shape: int, dtype: torch.dtype = t
     """x (*shape), the three weights of a network of this width, and how many ranks share it."""
     d = shape[-1]
     return lambda: (*randn(seed, shape, (width, d), (width, d), (d, width), dtype=dtype), world)
-
-
-def _ranks(function, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, world: int):
-    """The function on `world` ranks that all hold the same x and the whole weights."""
-
-    def make(rank: int, collective) -> tuple:
-        tensors = (each.clone() for each in (x, w_gate, w_up, w_down))
-        return *tensors, rank, world, collective("all_reduce")
-
-    return together(function, make, world, {"all_reduce": add_up}, flops=True)
-
-
-def _over(got: Together, expected: Together) -> str | None:
-    if got.flops > expected.flops:
-        return (
-            f"the values are right, but a rank computes {got.flops:,} FLOP; its share is "
-            f"{expected.flops:,}"
-        )
-    cost, budget = ((each.bytes(), len(each.sent[0])) for each in (got, expected))
-    if cost == budget:
-        return None
-    return (
-        f"the values are right, but all_reduce sums {cost[0]:,} bytes in {cost[1]} calls; the "
-        f"budget is {budget[0]:,} in {budget[1]}"
-    )
 
 
 def _mine(x, width, rank, world):
@@ -85,6 +65,21 @@ def _hidden_gathered(x, w_gate, w_up, w_down, rank, world, all_reduce):
     return all_reduce(out)
 
 
+def _read_literally(x, w_gate, w_up, w_down, rank, world, all_reduce):
+    gate, up = (w.chunk(world, dim=1)[rank] for w in (w_gate, w_up))
+    return all_reduce((F.silu(x @ gate.T) * (x @ up.T)) @ w_down.chunk(world, dim=0)[rank].T)
+
+
+def _down_by_rows(x, w_gate, w_up, w_down, rank, world, all_reduce):
+    gate, up = (w.chunk(world)[rank] for w in (w_gate, w_up))
+    return all_reduce((F.silu(x @ gate.T) * (x @ up.T)) @ w_down.chunk(world)[rank].T)
+
+
+def _detached(x, w_gate, w_up, w_down, rank, world, all_reduce):
+    with torch.no_grad():
+        return _open()(x, w_gate, w_up, w_down, rank, world, all_reduce)
+
+
 def _everything(x, w_gate, w_up, w_down, rank, world, all_reduce):
     return (F.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T
 
@@ -117,7 +112,7 @@ COLUMN_ROW = Exercise(
     ],
     hints=[
         "silu needs finished sums, so cut w_gate and w_up along F: a rank then has whole hidden "
-        "features, F / world of them.",
+        "features, F / world of them. Weights are stored (out, in): these are rows of w_gate.",
         "part = w_gate.shape[0] // world; w_gate[rank * part : (rank + 1) * part], the same of "
         "w_up; hidden = F.silu(x @ gate.T) * (x @ up.T).",
         "The hidden features of a rank meet the same columns of w_down. Each rank then has a part "
@@ -132,6 +127,23 @@ COLUMN_ROW = Exercise(
             "no sum",
             _open(after=lambda y, all_reduce, world: y),
             "Each rank has a part of the sum only: all_reduce it.",
+        ),
+        Mutant(
+            "columns, then rows, read literally",
+            _read_literally,
+            "w_gate and w_up are cut along D, their inputs. Weights are stored (out, in): a column "
+            "of the formula is a row here, so cut these two by rows, and w_down by columns.",
+        ),
+        Mutant(
+            "down by rows",
+            _down_by_rows,
+            "w_down is cut along D, its outputs: cut it along F, by columns w_down[:, mine], as a "
+            "rank has only its own features. Weights are stored (out, in).",
+        ),
+        Mutant(
+            "detached",
+            _detached,
+            f"{DETACHED}.",
         ),
         Mutant(
             "before silu",
@@ -186,6 +198,7 @@ COLUMN_ROW = Exercise(
         ),
         Mutant("residual", _residual, "x is added on every rank: the block adds it, once."),
     ],
-    compare=compared(_over),
-    run=_ranks,
+    compare=compared(over),
+    run=on_ranks,
+    raised=stored_turned,
 )
