@@ -114,7 +114,8 @@ def prove(environment: Environment, options: argparse.Namespace) -> int:
     arguments = options.rest or ["tests"]
     # A thread watches for hangs: the signal's timer belongs to the exercises' own time limit.
     timing = ["--durations=15", "--durations-min=2", "--timeout=900", "--timeout-method=thread"]
-    return run(environment, "-m", "pytest", "-q", *timing, *arguments, **TEST_VARIABLES)
+    halves = ["-n", "2", "--dist", "loadfile"]  # a file's fixtures and ranks stay in one process
+    return run(environment, "-m", "pytest", "-q", *halves, *timing, *arguments, **TEST_VARIABLES)
 
 
 def lint(environment: Environment, options: argparse.Namespace) -> int:

@@ -1,22 +1,22 @@
 # %% [markdown] id="title"
 # # 3 · Scale-up parallelism
 #
-# DeepSeek-V3 was trained on 2,048 GPUs. While a message travels to the next GPU, each of them could do a billion operations. So the question of this lesson is who has to send what to whom, over which wire, and when. You split a model in every way that the
-# paper discusses, on real processes that share nothing but messages, and you predict what the messages cost before you send them.
+# DeepSeek-V3 was trained on 2,048 GPUs. While a message travels to the next GPU, about three microseconds, each of them could do two billion operations. So the question of this lesson is who has to send what to whom, over which wire, and when. You split a model in every way that the
+# paper discusses, on real processes, and predict what their messages cost.
 #
 # After it you can
 #
-# - write the sum that data parallel training stands on, and say how many bytes and steps it takes;
+# - write the sum that data parallel training stands on, and count its bytes and steps;
 # - split a layer by columns and rows, experts by ranks and a model by stages, and show that the gradients stay those of one process;
 # - send a token once to each node instead of once to each expert;
 # - draw a pipeline's timeline, compute its bubble, and put each kind of traffic on a wire that can carry it.
 #
-# *75 minutes to `progress()` in a workshop, more alone. Run All takes about two minutes. You need to know what a transformer's layers are; the little that is needed of lesson 4 comes first.*
+# *75 minutes to `progress()` in a workshop, more alone. Run All takes about two minutes. You need lesson 1; the little that is needed of lesson 4 comes first.*
 #
 # **Words.** A **rank** is one of the processes that work together, usually one for each GPU, numbered from 0; the **world** is how many there are. Ranks that reach each other over a fast link form a **node**: on V3's cluster, eight GPUs joined by NVLink. A message goes *inside* a node or *across* nodes, over InfiniBand.
 # `term("all-reduce")` explains a word, and so for each in bold.
 #
-# *The report* is the DeepSeek-V3 technical report, *the paper* the authors' ISCA paper of 2025 on its hardware.
+# *The report* is the DeepSeek-V3 technical report, *the paper* the authors' ISCA paper of 2025 on its hardware. NVLink is the **scale-up** network, InfiniBand the **scale-out** network.
 
 # %% id="setup"
 from __future__ import annotations
@@ -64,7 +64,7 @@ for token, experts in enumerate(chosen.tolist()):
 # %% [markdown] id="bottleneck"
 # ## 1 · The bottleneck: each wire is slower than the one before
 #
-# A number is used in registers. It comes from there, from the chip's own memory, from HBM, from another GPU of the node, or from another node. Here the squares' areas are the bandwidths. The small ones are this lesson's wires. V3 was trained on **H800** GPUs: H100s whose NVLink was cut from
+# The squares' areas are bandwidths: where a number that is used in a register may come from. The small ones are this lesson's wires. V3 was trained on **H800** GPUs: H100s whose NVLink was cut from
 # 450 to 200 GB/s in each direction, of which 160 are reached.
 
 # %% id="bandwidths"
@@ -86,7 +86,7 @@ reveal("parallel.lower_latency", network_tables.lower_latency())
 network_tables.latencies()
 
 # %% [markdown] id="latency-words"
-# **Claim check.** *"Scale-out is high-latency."* Not by the paper's table: under one switch InfiniBand is the faster one, over three a little the slower. (Both as a program on the CPU sees them; kernels that write to another GPU's memory themselves see less on NVLink.) NVLink carries four times the bytes: the gap is bandwidth. A message of a few kilobytes costs about the same on either wire, one of several megabytes three to four times as much across.
+# **Claim check.** *"Scale-out is high-latency."* Not by the paper's table: under one switch InfiniBand is the faster one, over three a little the slower. (Both as a program on the CPU sees them.) NVLink carries four times the bytes: the gap is bandwidth. Kilobytes cost about the same on either wire, megabytes three to four times as much across.
 #
 # **Predict.** *"Low bandwidth limits the all-reduce of gradients"*, it is said as well. Three kinds of traffic leave a GPU in a training step of V3: gradients, which all replicas add up; activations between the stages of the pipeline; and tokens on the way to experts and back. Which one keeps the links busy longest?
 
@@ -101,15 +101,15 @@ reveal("parallel.hungriest", mesh_map.hungriest())
 mesh_map.traffic_table()
 
 # %% [markdown] id="hungriest-words"
-# The experts' traffic is 37 times the gradients' across nodes, and the links are busy with it a third as long as the whole step takes. Gradients travel once a step, tokens in every layer, there and back, forward and backward. Section 4 is about that row, section 5 about hiding what remains. And the lower half says what tensor parallelism would have added: half a terabyte through an NVLink that had been cut, between a layer's own products, where nothing hides it.
+# The experts' traffic is 37 times the gradients' across nodes, and would keep the links busy for a third of the step's time. Gradients travel once a step, tokens in every layer, there and back, forward and backward. The lower half says what tensor parallelism would have added: half a terabyte through an NVLink that had been cut, between a layer's own products, where nothing hides it.
 #
-# Now *this* machine, whose processes talk through its memory. Fit $\alpha$ and $\beta$ to messages of several sizes, predict one all-reduce of 4 MiB among four ranks, and run it. Is the prediction too short or too long?
+# Now *this* machine, whose processes talk through its memory. Fit $\alpha$ and $\beta$ to messages, predict one all-reduce of 4 MiB among four ranks, and run it. Is the prediction too short?
 
 # %% id="live-fit" tags=["live", "nbval-ignore-output"]
 throttled.live(seconds=live_seconds() / 4)
 
 # %% [markdown] id="ring-text"
-# Too short, wherever four processes share fewer than four cores: the model knows wires, no scheduler, and not the time to add.
+# It is, wherever four processes share fewer cores: the model knows wires, no scheduler, and not the time to add.
 #
 # ## 2 · Add up: all-reduce and data parallelism
 #
@@ -127,7 +127,7 @@ ring_steps.ring(world=4)
 # *Difficulty 4/5 · worth it 5/5 · 8 minutes · about 8 lines*
 #
 # `world` ranks hold `n` numbers each, and every rank wants the sum of them all. The only thing a rank can do is `exchange(chunk)`: it sends `chunk` to rank + 1 (the last to rank 0) and returns what rank - 1 sent, of the same shape. Every rank runs the same function and must call `exchange` as often as the others, or all wait for ever.
-# Passing all of `x` round `world - 1` times would do; the **budget** is 2 (world - 1) / world of `x`'s bytes sent by each rank, which no ranks can beat unless a switch adds for them. Cut `x` into `world` chunks. In the first round each chunk collects its sum on the way: in step `s` rank `r` sends its chunk `r - s` and adds what arrives to chunk `r - s - 1` (both modulo `world`). In the second round the finished sums go round.
+# Passing all of `x` round would do; the **budget** is 2 (world - 1) / world of `x`'s bytes sent by each rank, which no ranks can beat unless a switch adds for them. Cut `x` into `world` chunks. In the first round each chunk collects its sum on the way: in step `s`, from 0 to `world - 2`, rank `r` sends its chunk `r - s` and adds what arrives to chunk `r - s - 1` (both modulo `world`). In the second round the finished sums go round.
 #
 # | | shape | |
 # |---|---|---|
@@ -143,9 +143,9 @@ def ring_all_reduce(x, rank, world, exchange): ...
 
 
 # %% [markdown] id="ring-run-text"
-# Now real processes. `launch` runs a function on four ranks; even the function travels as a message. Each takes its share of a batch, and your ring adds up the gradients: that is data parallelism, whole. Beside it, the way you were told not to take: pass all of `x` round.
+# Now real processes. `launch` runs a function on four ranks; even the function travels as a message. Each takes its share of a batch, and your ring adds up the gradients: that is data parallelism, whole. Beside it, all of `x` passed round.
 #
-# `record` sees every message, by tier, and gives each rank a **virtual clock**: a message takes $\alpha + n / \beta$, its card is busy for $n / \beta$, and a rank waits where it has to. So a laptop shows what an H800 cluster would (without congestion), alike every time. Here four ranks lie on two nodes of two.
+# `record` sees every message, by tier, and gives each rank a **virtual clock**: a message takes $\alpha + n / \beta$, its card is busy for $n / \beta$, and a rank waits where it has to. So a laptop shows what an H800 cluster would, without congestion and alike every time. Here four ranks lie on two nodes of two.
 
 # %% id="ring-run"
 from dsv3_tutorial.mlp import MLP
@@ -178,7 +178,7 @@ formula = comm.all_reduce(whole.nbytes, range(4), pairs, "ring")
 print(f"a ring of {whole.nbytes / 1e6:.2f} MB by formula: {formula * 1e6:.0f} us")
 
 # %% [markdown] id="tensor-text"
-# Four different shares of a batch, and on each rank the gradient of the whole. Half the bytes take half the time. The formula is of ranks that all step together, at the pace of the slow wire; yours wait only for what they need, and are a little faster. (With an `MLP(8, 8)` the order turns: so small a vector pays for steps, and the ring has twice as many.) Adding up inside each node first sends less across still: exercise 3.7.
+# Four different shares of a batch, and on each rank the gradient of the whole. Half the bytes take half the time. The formula is of ranks that all step together, at the pace of the slow wire; yours wait only for what they need, and are a little faster. (Try an `MLP(8, 8)`: so small a vector pays for steps, and the ring has twice as many.) Adding up inside each node first sends less across still: exercise 3.7.
 #
 # ## 3 · Split a layer: tensor parallelism
 #
@@ -243,7 +243,7 @@ check_equal("the weights' gradients, a half from each", sum(parts), whole)
 #
 # *Difficulty 2/5 · worth it 5/5 · 4 minutes · about 5 lines*
 #
-# `tp` x `dp` GPUs serve `tokens` cached tokens together. The `dp` replicas share the tokens (rounded up: we ask for the fullest GPU); the `tp` GPUs of a replica split attention by heads. Return the bytes of cache on the fullest GPU, all layers. In lesson 1 you counted one token at one `tp`: plain attention deals its `cfg.kv_heads` out, each GPU at least
+# `tp` x `dp` GPUs serve `tokens` cached tokens together. The `dp` replicas share the tokens (rounded up: we ask for the fullest GPU); the `tp` GPUs of a replica split attention by heads. Return the bytes of cache on the fullest GPU, for all `cfg.num_hidden_layers` layers, at `bytes_per_element` a number. In lesson 1 you counted one token at one `tp`: plain attention deals its `cfg.kv_heads` out, each GPU at least
 # one (rounded up), and keeps a key and a value of `cfg.head_size` for each. Where `cfg.is_mla`, a token leaves `kv_lora_rank + qk_rope_head_dim` numbers a layer, and every head needs all of them. So what does `tp` save, and what does `dp`?
 
 
@@ -253,7 +253,7 @@ def cache_per_gpu(cfg, tokens, tp, dp, bytes_per_element=2): ...
 
 
 # %% [markdown] id="cache-table-text"
-# Eight GPUs serve 65,536 cached tokens. **Predict**, on paper: which of these splits is best for LLaMA-3.1 405B (8 key-value heads), and which for V3?
+# Eight GPUs serve 65,536 cached tokens, with TP 8, 4, 2 or 1 (and so DP 1, 2, 4 or 8). **Predict**, on paper: for LLaMA-3.1 405B (**GQA**, 8 key-value heads) and for V3, does the split matter, and which is best?
 
 # %% id="cache-table"
 llama, v3 = ModelConfig.named("llama-3.1-405b"), ModelConfig.named("deepseek-v3")
@@ -262,7 +262,7 @@ for tp in (8, 4, 2, 1):
     print(f"TP {tp} x DP {8 // tp}: LLaMA-3.1 405B {gqa:.2f} GB a GPU, DeepSeek-V3 {mla:.2f} GB")
 
 # %% [markdown] id="cache-words"
-# For GQA all are alike, down to one key-value head a GPU. The latent belongs to all heads, so splitting heads buys V3's cache nothing: at TP 8 the model with the small cache holds *more* a GPU than the one with the large cache. Data parallelism shares it out; splitting the sequence would too. (The report's first deployment had TP 4 in attention; the one described in February 2025 has none.)
+# For GQA all are alike, down to one key-value head a GPU. The latent belongs to all heads, so splitting heads buys V3's cache nothing: at TP 8 the model with the small cache holds *more* a GPU than the one with the large cache. Data parallelism shares it out; splitting the sequence would too. (The report's deployment, section 3.4, had TP 4 in attention; the one that DeepSeek described in February 2025 has none.)
 #
 # ## 4 · Split the experts
 #
@@ -295,8 +295,8 @@ def destination_counts(indices, experts_per_rank, world): ...
 #
 # | | shape | |
 # |---|---|---|
-# | `indices` | (M, K) int64 | the experts that each token chose; node j holds `experts_per_node` neighbours |
-# | returns | (rows,) int64 and (nodes,) int64 | numbers of tokens, node by node (within a node in any order); rows for each node, 0 for `home` |
+# | `indices` | (M, K) int64 | the experts that each token chose; node j holds `experts_per_node` of them, beginning with expert `j * experts_per_node` |
+# | returns | (rows,) int64 and (nodes,) int64 | which tokens (rows of `indices`), node by node, within a node in any order; how many for each node, 0 for `home` |
 
 
 # %% id="node-copies" tags=["exercise"]
@@ -305,7 +305,7 @@ def node_copies(indices, experts_per_node, nodes, home): ...
 
 
 # %% [markdown] id="expert-run-text"
-# **Measure.** A layer of the course's own MoE model (`small`: 16 experts, 4 a token, from 2 groups of 4) on eight ranks, two nodes of four. Three ways to send: `flat`, a row for each expert; `deduplicated`, a row for each rank; `two_stage`, a row for each node, handed on inside. On the way back each rank adds up what its experts say of a token, each node what its ranks say, and the token's own rank the rest.
+# **Measure.** A layer of the course's own MoE model (`small`: 16 experts, 4 a token, from 2 of its 4 groups) on eight ranks, two nodes of four. Three ways to send: `flat`, a row for each expert; `deduplicated`, a row for each rank; `two_stage`, a row for each node, handed on inside. On the way back each rank adds up what its experts say of a token, each node what its ranks say, and the token's own rank the rest.
 # Forward and backward, against one process. The last lines are your two functions' count of the rows across: a node is one "rank" of eight experts, and each row, `hidden_size` numbers of 8 bytes, travels four times.
 
 # %% id="expert-run"
@@ -339,9 +339,9 @@ for name, rows in (("flat", flat), ("once a node", once)):
     print(f"by your count, {name}: {4 * 8 * small.hidden_size * rows / 1e6:.1f} MB")
 
 # %% [markdown] id="expert-words"
-# The gradient is that of one process, three times, and your count is the bytes that went across (what is more are weights and expert numbers). *Deduplicated* saves where two experts of a token share a rank. *Two stages* move bytes from the slow wire to the fast one.
+# The gradient is that of one process, three times, and your count is the bytes that went across (the small rest is weights and expert numbers). *Deduplicated* saves where two experts of a token share a rank. *Two stages* move bytes from the slow wire to the fast one.
 #
-# Is it worth it? For V3, 64 ranks on eight nodes, the bytes of one layer computed from the copies that even routing makes:
+# Is it worth it? For V3, 64 ranks on eight nodes, the bytes of one layer computed from the copies that even routing makes, without and with V3's limit (a token's experts lie on at most four nodes):
 
 # %% id="dispatch-map"
 from functools import partial
@@ -351,8 +351,8 @@ from dsv3_tutorial.learn.figures import network_map, network_traces
 network_map.all_to_all_retimed()
 
 # %% [markdown] id="network-words"
-# Two stages with V3's limit take half the time of flat. Now your own eight ranks. The traces hold every message of every rank, and are timed again on the wires you choose, without being run again; `larger` plays each message as if it had so many times the bytes. Start at 1 and 1: on the H800's own wires two stages win nothing, because our toy's messages are small and they need more of them.
-# From which size on do they win? And from which slower wire on? (This clock runs both stages one after the other; V3's kernels, and the figure above, let them overlap.)
+# Two stages with V3's limit take half the time of flat. Now your own eight ranks. The traces hold every message of every rank, and are timed again on the wires you choose, without being run again; `larger` plays each message as if it had so many times the bytes. Start at 1 and 1: on the H800's own wires two stages win nothing, because our toy's messages are small, and two stages send more of them (the caption says how much of the time is latency).
+# From which size on do they win? And from which slower wire on? (This clock runs one stage after the other; V3's kernels, and the figure above, overlap them.)
 
 # %% id="explore-network"
 explore(
@@ -365,7 +365,7 @@ explore(
 # %% [markdown] id="pipeline-text"
 # ## 5 · Split the depth: pipelines
 #
-# In **pipeline parallelism** each rank holds some of the layers, a *stage*. Only activations at the borders travel, so it suits the slow wire. But a rank must wait for the one before it, and in the backward pass for the one behind it. The batch is therefore cut into **micro-batches** that follow each other, and the order of forwards and backwards decides how long ranks wait (the **bubble**) and how much they have to keep.
+# In **pipeline parallelism** each rank holds some of the layers, a *stage*. Only activations at the borders travel, so it suits the slow wire. But a rank must wait for the one before it, and in the backward pass for the one behind it. The batch is therefore cut into **micro-batches** that follow each other, and the order of forwards and backwards (a *schedule*; **1F1B** is one, *GPipe*, all forwards first, another) decides how long ranks wait (the **bubble**) and how much they have to keep.
 #
 # ### Exercise 3.6 · One forward, one backward
 #
@@ -393,7 +393,7 @@ yours = Schedule("yours", 4, 8, tuple(map(tuple, orders)), ((0,), (1,), (2,), (3
 timelines.drawn(yours, Times(t_f=1, t_b=2))
 
 # %% [markdown] id="timeline-words"
-# The bubble is `(p - 1)` forwards and backwards, 9 here, however many micro-batches there are. Two ideas shrink it. **ZB1P** splits the backward: the gradient of a stage's *input* is what the stage before waits for; the gradient of its *weights* nobody waits for, and it fills the gaps. **DualPipe**, V3's own, feeds micro-batches from both ends, so that one's forward can meet another's
+# The bubble is `(p - 1)` forwards and backwards, 9 here, however many micro-batches there are. Two ideas shrink it. **ZB1P** splits the backward: the stage before waits for the gradient of a stage's *input*; for that of its *weights* nobody waits, and it fills the gaps. **DualPipe**, V3's own, feeds micro-batches from both ends, so that one's forward can meet another's
 # backward; the two overlap, and the communication of one hides behind the arithmetic of the other.
 #
 # **Predict.** 16 stages; a forward takes 1, a full backward 2, of which the weights' part is 1. 1F1B waits 45. How long does ZB1P wait, and (a guess) how long DualPipe?
@@ -415,12 +415,12 @@ timelines.bubble_table(16, 120, replace(times, t_w=0.5))
 timelines.three(stages=8, micro_batches=20)
 
 # %% [markdown] id="pipe-run-text"
-# 14 against 15: in bubbles alone DualPipe hardly gains on ZB1P, and it holds every layer's weights twice (bearable where a GPU holds 1/64 of its stages' experts). It was chosen for the *overlap*. Pink is two micro-batches at once, half of DualPipe's work in the figure and more than four fifths at V3's size: the tokens of one travel while the other computes. The formulas charge a pair 3, as if nothing were gained.
-# In the second table formula and published order part by 1: the devices in the middle run one forward and backward apart.
+# 14 against 15: in bubbles alone DualPipe hardly gains on ZB1P, and it holds every layer's weights twice. It was chosen for the *overlap*. Pink is two micro-batches at once, half of DualPipe's work in the figure and more than four fifths at V3's size (last column): the tokens of one travel while the other computes. The formulas charge a pair 3, as if nothing were gained.
+# In the second table formula and published order part by 1: there the devices in the middle run one forward and backward apart, which hands the gradient on sooner.
 #
-# V3's own step had a *measured* bubble of 10.3 % (section 6 has the table): two to three times DualPipe's rows here. Stages of unequal length and messages that nothing hides would explain it; no published number says.
+# V3's own step had a *measured* bubble of 10.3 % (section 6 has the table), 1.7 to 2.8 times DualPipe's rows here. Stages of unequal length and messages that nothing hides could explain it; no published number says.
 #
-# Now for real: the very orders that were drawn, on four processes. *Yours* is 1F1B made of your exercise; DualPipe is the package's. Each rank sends only activations and their gradients.
+# Now for real: such orders on four processes, *yours* from your exercise. Each rank sends only activations and their gradients.
 
 # %% id="pipe-run"
 from dsv3_tutorial.parallel.pipeline import Pipeline
@@ -450,9 +450,9 @@ for schedule in (yours, dual_pipe(4, 8)):
         check_equal(title, grads, [flat_gradient(part) for part in parts])
 
 # %% [markdown] id="pipe-words"
-# Each rank of 1F1B keeps at most as many micro-batches as there are stages behind it, itself included; DualPipe's keep one more than it has stages, and send more: two streams pass, and both copies of each stage add up their gradients in the end.
+# Each rank of 1F1B keeps at most as many micro-batches as there are stages from it on; DualPipe's keep one more than it has stages, and send more: two streams pass, and both copies of a stage add up their gradients.
 #
-# In the explorer a pair takes 3 where nothing is gained by overlapping, and less where something is. Where do DualPipe and ZB1P come closest? And what must a pair cost (two streams that fight for the same SMs) for DualPipe to lose?
+# In the explorer a pair takes 3 where nothing is gained by overlapping, and less where something is. With pair 3, at which `t_w` is DualPipe furthest ahead of ZB1P? And from which pair on (two streams that fight for the same chip) is DualPipe's *step* the longer one? Its bubble does not tell: a slow pair counts as work. (DualPipe needs twice as many micro-batches as stages.)
 
 # %% id="explore-schedule"
 explore(
@@ -467,7 +467,7 @@ explore(
 )
 
 # %% [markdown] id="overlap-text"
-# **How much does overlapping buy?** The report puts computation and communication at about one to one, and spends 20 of the 132 SMs (the units that compute) on moving tokens. Our count of section 1 gives less communication. Two micro-batches through one layer:
+# **How much does overlapping buy?** The report puts computation and communication at about one to one, and spends 20 of the 132 SMs (the units that compute) on moving tokens. Our count of section 1 gives less communication, and table 4's own times a range (its 1B, a backward, may or may not include the weights' part). Two micro-batches through one layer:
 
 # %% id="overlap"
 from dsv3_tutorial.learn.figures import overlap
@@ -476,14 +476,14 @@ overlap.ratios_table()
 overlap.dual_micro_batch(sms=20, communication=1.0)
 
 # %% [markdown] id="placement-text"
-# Not twice as fast: the SMs that carry messages do not multiply. At the ratio that we count the gain is small, and as long as the SMs stay reserved there is a point below which overlapping loses (exercise 3.9).
+# Not twice as fast: the SMs that carry messages do not multiply. At the ratio that we count the gain is 1.17, by table 4 between 1.14 and 1.44; and as long as the SMs stay reserved there is a point below which overlapping loses (exercise 3.9).
 #
 # ## 6 · What sits where, and the paper's numbers
 #
-# **Claim check.** *"Tensor parallelism inside the node, data parallelism across: scale up, not out."* A sensible rule for dense models on whole NVLink. V3's training kept half of it: data parallelism across, no tensor parallelism inside, and its heaviest traffic across eight nodes. What it did was to make that traffic fit: half the bytes (FP8), at most four nodes a token, one copy for each, hidden behind arithmetic.
+# **Claim check.** *"Tensor parallelism inside the node, data parallelism across: scale up, not out."* A sensible rule for dense models on uncut NVLink. V3's training kept half of it: data parallelism across, no tensor parallelism inside, and its heaviest traffic across eight nodes. What it did was to make that traffic fit: half the bytes on the way out (FP8; answers return in BF16), at most four nodes a token, one copy for each, hidden behind arithmetic.
 # And while one copy crosses at InfiniBand's 50 GB/s, NVLink's 160 can hand on 3.2 (the report's numbers, 4 with the 40 GB/s reached): several experts on a node cost no more than one.
 #
-# Try it: keep the experts on one node (`ep` 8). What is saved, and what does not fit? Which `ep` is the smallest that fits? Add tensor parallelism (`tp` 8, `dp` 16). V3's layout on H100s, and on racks of 72 (`gb200-nvl72`). *Said first: nothing is hidden in this count, and memory is an estimate. It rules layouts out; it does not show that V3's was the only one.*
+# Try it. *A warning first: nothing is hidden in this count, and memory is an estimate. It rules layouts out; it does not show that V3's was the only one.* Keep the experts on one node (`ep` 8): what is saved, and what does not fit? Which is the smallest `ep` that fits with room? Back at `ep` 64, add tensor parallelism (`tp` 8 and `dp` 16; the caption must still say 2,048 GPUs). Then V3's layout on H100s (why so little change?) and on racks of 72 (`gb200-nvl72`).
 
 # %% id="explore-placement"
 explore(
@@ -498,7 +498,7 @@ explore(
 )
 
 # %% [markdown] id="paper"
-# **The paper's numbers.** Three rows of table 3: ways to wire a cluster from switches of 64 ports: V3's *multi-plane* network is eight two-layer trees side by side, one for each card of a node, at a two-layer tree's price per endpoint and eight times its size. Table 4, V3's step on it. And the bound on how fast a token can come out, if each of a layer's experts is on another GPU (section 2.3.2).
+# **The paper's numbers.** Three rows of table 3 are ways to wire a cluster from switches of 64 ports. V3's *multi-plane* network is eight two-layer trees side by side, one for each card of a node, at a two-layer tree's price per endpoint and eight times its size. Table 4, V3's step on it. And the bound on how fast a token can come out, if each of a layer's experts has a GPU of its own (section 2.3.2).
 
 # %% id="paper-tables"
 network_tables.topologies(["ft2", "mpft", "ft3"])
@@ -509,11 +509,11 @@ print()
 network_tables.decode_limits()
 
 # %% [markdown] id="paper-words"
-# All counts come out exactly; two of the three costs were fitted. Table 4's tokens per day follow from 15,360 sequences of 4,096; its parts add up to 26 ms less than the step; its FLOP/s are the count of lesson 4. The bound's "7K" has to be 7,000: with 7,168 channels and FP8's scales, 67 tokens a second become 65, and at the 40 GB/s that the same paper calls effective elsewhere, 52. NVL72's 1,200 leave out that each layer waits for four latencies, and that 72 GPUs have to hold 257 experts; the last two rows put them in, one at a time.
+# All counts of table 3 come out exactly; two of the three costs were fitted. Table 4's tokens per day follow from 15,360 sequences of 4,096; its parts add up to 26 ms less than the step. The bound's "7K" has to be 7,000: with 7,168 channels and FP8's scales, 67 tokens a second become 65, and at the 40 GB/s that the same paper calls effective elsewhere, 52. NVL72's 1,200 leave out that each layer waits for four latencies, and that 72 GPUs have to hold 257 experts; the last two rows put them in, one at a time.
 #
 # ## What you can do now
 #
-# You can say for each split of a model what is sent, when, and over which wire, and show on real processes that nothing but the place of the work has changed. You know why V3 looks as it does: its wire across is a quarter of the one inside, so tokens cross once and are hidden, and what needs the fast wire most, tensor parallelism, is left out.
+# You can say for each split of a model what is sent, when, and over which wire, and show that nothing but the place of the work has changed. And you know why V3 looks as it does: its wire across is a quarter of the one inside, so tokens cross once, hidden, and tensor parallelism is left out.
 
 # %% id="progress"
 progress()
@@ -521,25 +521,25 @@ progress()
 # %% [markdown] id="further"
 # ## Further
 #
-# Next on the path is lesson 5, inference. What follows here goes deeper: a real slow wire, five more exercises, a whole model split by heads, what data parallel ranks need not hold, networks larger than V3's, and what the authors ask of the next hardware.
+# Next on the path is lesson 5, inference (still to come). What follows here goes deeper: a real slow wire, five more exercises, a whole model split by heads, what data parallel ranks need not hold, networks larger than V3's, and what the authors ask of the next hardware.
 #
 # ### A wire that is really slow
 #
-# The virtual clock is a model. This receipt is not: two "nodes" on one machine, joined by a cable whose rate the kernel limits, with two processes on each. Flat collectives beside hierarchical ones, each beside what the model predicts from messages alone.
+# The virtual clock is a model. This receipt is not: two "nodes" on one machine, joined by a cable whose rate the operating system limits, with two processes on each. Flat collectives beside hierarchical ones, each beside what the model predicts from messages alone.
 
 # %% id="throttled"
 throttled.fit_table()
 throttled.throttled()
 
 # %% [markdown] id="throttled-words"
-# On slow cables, adding up inside a node first pays, and so does sending one copy for two receivers (*dispatch*: the same rows for both ranks of a node). A plain all-to-all has no bytes to save, and on the faster of the two cables it loses. The model is of wires: where the cable has no limit, processes and their scheduling decide, and it is far off.
+# On slow cables, adding up inside a node first pays, and so does sending one copy for two receivers (*dispatch*: the same rows for both ranks of a node). A plain all-to-all has no bytes to save, and on the faster of the two cables going by node loses. The model is of wires: where the cable has no limit, processes and their scheduling decide, and the model is far off.
 #
 # ### Exercise 3.7 · All-reduce in two levels
 #
 # *Difficulty 2/5 · worth it 4/5 · 4 minutes · about 1 line*
 #
 # Nodes of g GPUs want the sum over all GPUs. Three collectives are at hand. `reduce_scatter(t)` works inside the node: it sums its g ranks' `t` (n,) and leaves each rank its own 1 / g of the sum. `all_gather(t)` also works inside, and puts the g parts together again. `all_reduce(t)` sums over the ranks that have the same place in their nodes: this is what crosses. The **budget**: 1 / g of `x` into `all_reduce`,
-# and nothing inside that is not needed.
+# and nothing inside that is not needed. `x` is (n,), n divisible by g; return (n,), the sum, on every rank.
 
 
 # %% id="hierarchical-all-reduce" tags=["exercise"]
@@ -570,7 +570,7 @@ for name, sent, clocks in (("ring", *rest[:2]), ("hierarchical", *rest[2:])):
     print(f"{name:13} rank 1 sent {sent}, done after {max(clocks) * 1e6:.2f} us")
 
 # %% [markdown] id="all-reduce-map-text"
-# On V3's own nodes of eight, by size of the tensor and by how slow the wire across is:
+# On two of V3's nodes, 16 GPUs, by size of the tensor and by how slow the wire across is. For which sizes is a tree the fastest?
 
 # %% id="all-reduce-map"
 explore(
@@ -643,7 +643,7 @@ for rank, (held, sent) in enumerate(launch(fsdp, 4)):
     print(f"FSDP, rank {rank}: {4 * held / 1e6:.1f} MB; sent in one step {sent / 1e6:.1f} MB")
 
 # %% [markdown] id="bubble-exercise-text"
-# FSDP keeps a quarter, and pays for it: weights travel twice (gathered for the forward and for the backward pass) and gradients once, 1.5 times an all-reduce.
+# FSDP keeps a quarter, and pays for it: weights travel twice (gathered for the forward and for the backward pass; the outermost ones stay) and gradients once, nearly 1.5 times the 7.3 MB of an all-reduce.
 #
 # ### Pipelines by hand
 #
@@ -652,7 +652,7 @@ for rank, (held, sent) in enumerate(launch(fsdp, 4)):
 # *Difficulty 4/5 · worth it 4/5 · 14 minutes · about 10 lines*
 #
 # From the orders of all stages alone, find the seconds that a stage idles in one step: the *bubble*. `orders[stage]` is a list like yours above; an F takes `t_f`, a B `t_b` seconds, messages take none. An operation starts as soon as its stage is free and the same operation has ended on the stage before (F) or after (B), where there is one. The step ends with the last operation of any stage (stage 0's last backward). Return one number:
-# every stage works on all micro-batches, so all idle equally long. For 1F1B you must find (stages - 1)(t_f + t_b); other orders wait longer.
+# every stage works on all micro-batches, so all idle equally long. For 1F1B, and for all forwards first, you must find (stages - 1)(t_f + t_b); an order that runs no forwards ahead waits longer.
 
 
 # %% id="bubble" tags=["exercise"]
@@ -710,7 +710,7 @@ def overlap_speedup(compute, communication, sms=132, reserved=20): ...
 
 
 # %% [markdown] id="overlap-explore-text"
-# From how little communication on does overlapping pay, with 20 SMs? And with 60?
+# How much communication is needed before overlapping pays, with 20 SMs? And with 60? (0 is an ideal: messages that cost no SM.)
 
 # %% id="overlap-explore"
 explore(
@@ -748,7 +748,7 @@ def place_groups(sizes, traffic, gpus_per_node): ...
 
 
 # %% [markdown] id="place-run-text"
-# V3's groups with tensor parallelism of 8, if there were any, bytes from section 1; and two light groups that fit into a node together, beside a heavy one that does not:
+# V3's groups with tensor parallelism of 8 and experts over 16 ranks, counted as in section 1 (gradients left out); and two light groups that fit into a node together, beside a heavy one that does not:
 
 # %% id="place-run"
 with_tp = mesh_map.groups(tp=8, dp=16, ep=16)
@@ -765,7 +765,7 @@ for sizes, traffic in (with_tp, light):
 #
 # ### Larger networks
 #
-# The paper's table also has two networks of another kind, with fewer switches for as many endpoints: Slim Fly and Dragonfly.
+# The paper's table also has two networks of another kind, with fewer switches for as many endpoints than a three-layer fat tree: **Slim Fly** and **Dragonfly**.
 
 # %% id="all-topologies"
 network_tables.topologies()
@@ -779,9 +779,9 @@ network_tables.topologies()
 network_tables.deep_ep()
 
 # %% [markdown] id="deepep-words"
-# Within six percent where tokens are few and all goes over InfiniBand. It fails where kernels decide and not wires: inside one node, and on 16 GPUs, where two nodes share the work with NVLink.
+# Within six percent where tokens are few and all goes over InfiniBand. It fails, probably where kernels decide and not wires, inside one node, and in training on 16 and 32 GPUs.
 #
-# **What the authors ask for** (paper, sections 4.4 and 6): networks inside and across that are one, larger scale-up domains, traffic compressed on its way. As knobs, from today's H800:
+# **What the authors ask for** (paper, sections 4.4 and 6): networks inside and across that are one, larger scale-up domains, traffic compressed on its way. As knobs, from today's H800 (`bits`: of a number on its way back from an expert; 10 is the paper's LogFMT-10). Which single knob helps decoding most, which training?
 
 # %% id="explore-future"
 from dsv3_tutorial.learn.figures import recommend
@@ -801,10 +801,10 @@ explore(
 #
 # *Difficulty 4/5 · worth it 5/5 · 10 minutes · about 3 lines*
 #
-# What ranks tell each other between backward and the optimizer's step. All ranks hold a copy of the `replicated` weights, each with the gradient from *its own* tokens; the experts are split over the ranks, and the dispatch's backward has already summed an `expert` gradient over *everybody's* tokens. `counts` are this rank's tokens for each of all the experts, `bias` the gate's balance bias, the same on all ranks. The loss is the mean over ranks,
+# The function is what ranks tell each other between backward and the optimizer's step. All ranks hold a copy of the `replicated` weights, each with the gradient from *its own* tokens; the experts are split over the ranks, and the dispatch's backward has already summed an `expert` gradient over *everybody's* tokens. `counts` are this rank's tokens for each of all the experts, `bias` the gate's balance bias, the same on all ranks: it moves by `gamma` up for an expert that got fewer tokens than the mean, counted over all ranks, else down. The loss is the mean over ranks,
 # gradients are clipped to `max_norm` by the norm of the whole model's. `all_reduce` returns the sum over ranks.
 #
-# The code below runs without an error, and it has three bugs. The verdict counts those that are left, half-mended ones too, and names the last one.
+# The code below runs without an error, and it has three bugs. The verdict counts those that are left, half-fixed ones too, and names the last one.
 
 
 # %% id="find-the-bug" tags=["exercise"]

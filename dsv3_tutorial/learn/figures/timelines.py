@@ -118,9 +118,9 @@ def timeline_in_words(
     copies = chosen.parameters()
     return (
         f"{TITLES[schedule]}, {stages} stages on {chosen.devices} devices, {micro_batches} "
-        f"micro-batches: the worst device waits {idle:g}; the closed form says {printed:g}. The "
-        f"fullest device keeps {max(chosen.memory())} micro-batches of activations and "
-        f"{copies} stage{'s' if copies > 1 else ''} of weights."
+        f"micro-batches: the worst device waits {idle:g} of a step of {chosen.length(times):g}; "
+        f"the closed form says {printed:g}. The fullest device keeps {max(chosen.memory())} "
+        f"micro-batches of activations and {copies} stage{'s' if copies > 1 else ''} of weights."
     )
 
 
@@ -169,9 +169,9 @@ def bubble_table(stages: int = 16, micro_batches: int = 120, times: Times | None
         f"of which W {times.t_w:g}; a pair FB {times.pair:g}"
     )
     unit = "in forwards" if times.t_f == 1 else "in the unit of F"
-    print(f"{'':33}{'bubble, ' + unit:>25}{'of the':>9}{'micro-':>9}{'weights':>9}{'work in':>10}")
+    print(f"{'':33}{'bubble, ' + unit:>25}{'of the':>9}{'activa-':>9}{'weights':>9}{'work in':>10}")
     print(f"{'':10}{'by the report':23}{'report':>12}{'simulated':>13}", end="")
-    print(f"{'step':>9}{'batches':>9}{'held':>9}{'pairs':>10}")
+    print(f"{'step':>9}{'tions':>9}{'held':>9}{'pairs':>10}")
     for name, formula in FORMULAS.items():
         chosen = made(name, stages, micro_batches)
         pairs = _range(in_pairs(chosen, times))

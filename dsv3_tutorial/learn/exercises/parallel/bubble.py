@@ -186,7 +186,7 @@ BUBBLE = Exercise(
         Mutant(
             "closed form",
             _closed_form,
-            "This is 1F1B's closed form; other orders wait longer: use the orders.",
+            "This is the closed form of 1F1B and of all forwards first: use the orders.",
         ),
     ],
     raised=_not_known_yet,
