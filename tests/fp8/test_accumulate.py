@@ -125,7 +125,7 @@ def test_a_running_sum_swallows_small_products_and_promotion_saves_them():
         (torch.randn, HOPPER_PROMOTED, 0.00009, 0.0002),
         (torch.rand, TensorCore(bits=None), 0.0, 6e-8),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # an address is no name
 )
 def test_errors_at_4096_products_are_those_measured_elsewhere(make, core, low, high):
     draw = torch.Generator().manual_seed(0)
