@@ -178,7 +178,7 @@ formula = comm.all_reduce(whole.nbytes, range(4), pairs, "ring")
 print(f"a ring of {whole.nbytes / 1e6:.2f} MB by formula: {formula * 1e6:.0f} us")
 
 # %% [markdown] id="tensor-text"
-# Four different shares of a batch, and on each rank the gradient of the whole. Half the bytes take half the time. The formula is of ranks that all step together, at the pace of the slow wire; yours wait only for what they need, and are a little faster. (Try an `MLP(8, 8)`: so small a vector pays for steps, and the ring has twice as many.) Adding up inside each node first sends less across still: exercise 3.7.
+# Four different shares of a batch, and on each rank the gradient of the whole. Half the bytes take half the time. The formula is of ranks that all step together, at the pace of the slow wire; yours wait only for what they need, and are a little faster. (Try `MLP(8, 8)` and a batch as narrow: so small a vector pays for steps, and the ring has twice as many.) Adding up inside each node first sends less across still: exercise 3.7.
 #
 # ## 3 · Split a layer: tensor parallelism
 #
@@ -205,7 +205,7 @@ def column_row(x, w_gate, w_up, w_down, rank, world, all_reduce): ...
 
 
 # %% [markdown] id="tensor-run-text"
-# Yours on two ranks, forward and backward. In the backward pass the sum needs nothing: each rank has the whole gradient of the output. It is the gradient of `x` of which each has a part. So `copied` marks `x`: nothing forward, a sum backward; and `summed` is the reverse. (Use one all-reduce that also sums backward, and every weight's gradient comes out twice too large.)
+# Yours on two ranks, forward and backward. In the backward pass the sum needs nothing: each rank has the whole gradient of the output. It is the gradient of `x` of which each has a part. So `copied` marks `x`: nothing forward, a sum backward; and `summed` is the reverse. (What would an all-reduce that also sums backward do to the weights' gradients?)
 
 # %% id="tensor-run"
 from dsv3_tutorial.parallel.tensor_exchange import copied, summed

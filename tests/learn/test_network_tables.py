@@ -9,7 +9,6 @@ from dsv3_tutorial.learn.figures import (
     overlap,
     timelines,
 )
-from dsv3_tutorial.learn.figures import tiers as tier_figure
 
 
 def test_the_table_of_latencies_prints_where_bytes_weigh_as_much(capsys):
@@ -81,7 +80,7 @@ def test_every_table_fits_a_hundred_columns(capsys):
     tables = (
         *(network_tables.latencies, network_tables.topologies, network_tables.step),
         *(network_tables.decode_limits, network_tables.deep_ep, mesh_map.traffic_table),
-        *(timelines.bubble_table, tier_figure.bandwidths_table),
+        timelines.bubble_table,
         *(network_tables.bubble_measured, overlap.ratios_table),
     )
     for table in tables:

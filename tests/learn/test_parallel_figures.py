@@ -10,7 +10,6 @@ from dsv3_tutorial import hardware
 from dsv3_tutorial.cost.sharding import overlap_speedup
 from dsv3_tutorial.cost.step_traffic import Split
 from dsv3_tutorial.learn.figures import (
-    cache_split,
     mesh_map,
     overlap,
     ring_steps,
@@ -23,7 +22,6 @@ CHIPS = ("h800", "h100-sxm", "gb200-nvl72")
 DRAWN = {
     "registers deliver is 10,035 times what InfiniBand does": tier_figure.bandwidths,
     "A ring of 4: 6 steps, 1.5 times the vector": ring_steps.ring,
-    "Split 8 ways the GQA models keep 65 and 41 KB a GPU": cache_split.cache_per_gpu,
     "with 20 of 132 SMs for communication: 1.70 times": overlap.dual_micro_batch,
     "slower, 0.67 times as fast": lambda: overlap.dual_micro_batch(64, 0.3),
     "links are busy for 6.7 s a step It fits: a GPU has 80 GB and would hold 57.9": (
@@ -71,16 +69,7 @@ def test_the_squares_say_whose_they_are_and_how_each_is_known():
     assert said.startswith("H800") and "FP32 rate: registers" in said and "as reached" in said
 
 
-def test_the_bandwidth_table_says_how_each_is_known_and_what_4096_tokens_take(capsys):
-    tier_figure.bandwidths_table()
-    first, _, *rows = capsys.readouterr().out.splitlines()
-    assert "58.7 MB" in first and len(rows) == len(tier_figure.wires())
-    assert "10,035" in rows[0] and "derived" in rows[0]
-    assert "1,468.0 us" in rows[-2] and re.search(r" 1 ", rows[-2])
-    assert all(len(row) <= 100 for row in rows)
-
-
-# Rings and caches
+# Rings
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 5, 6])
@@ -112,13 +101,6 @@ def test_a_ring_that_cannot_be_drawn_is_refused():
     for world in (1, 7):
         with pytest.raises(ValueError, match="Give 2 to 6"):
             ring_steps.ring(world)
-
-
-def test_gqa_caches_shrink_until_heads_run_out_and_a_latent_never_does():
-    assert {cache_split.kilobytes("deepseek-v3", tp) for tp in cache_split.DEGREES} == {70.272}
-    llama = [cache_split.kilobytes("llama-3.1-405b", tp) for tp in cache_split.DEGREES]
-    assert llama == pytest.approx([516.096 / part for part in (1, 2, 4, 8, 8)])
-    assert [cache_split.crossing(name) for name in cache_split.MODELS] == [8, 8, None]
 
 
 # Where groups lie

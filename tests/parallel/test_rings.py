@@ -13,6 +13,7 @@ from dsv3_tutorial.parallel.rings import (
     hierarchical_all_reduce,
     neighbour_exchange,
     node_collectives,
+    pass_round,
     ring_all_reduce,
     sum_over_ranks,
 )
@@ -25,6 +26,18 @@ def simulated(xs):
         return xs[rank].clone(), rank, len(xs), collective("exchange")
 
     return together(ring_all_reduce, make, len(xs), {"exchange": pass_on})
+
+
+def test_passing_all_of_x_round_gives_the_same_sum_for_half_the_steps_and_more_bytes():
+    xs = torch.arange(15).view(3, 5)
+
+    def make(rank, collective):
+        return xs[rank].clone(), rank, 3, collective("exchange")
+
+    ran = together(pass_round, make, 3, {"exchange": pass_on})
+    assert ran.trouble is None and ran.changed is None
+    assert all(torch.equal(result, xs.sum(dim=0)) for result in ran.results)
+    assert [len(sent) for sent in ran.sent] == [2] * 3 and ran.bytes() == 2 * xs[0].nbytes
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 99))

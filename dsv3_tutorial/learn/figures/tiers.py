@@ -11,11 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dsv3_tutorial import hardware
-from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.learn.figures.style import COMMUNICATION, COMPUTE, INK, MEMORY, figure, note
 
 ETHERNET = 25e9 / 8  # a 25 Gb/s port, the usual one of a server without a cluster's network
-TOKENS = 4096
 
 
 class Wire(NamedTuple):
@@ -24,7 +22,6 @@ class Wire(NamedTuple):
     name: str
     bandwidth: float
     colour: str
-    how: str
 
 
 def wires() -> list[Wire]:
@@ -32,13 +29,13 @@ def wires() -> list[Wire]:
     chip, whole = hardware.chip("h800"), hardware.chip("h100-sxm")
     clocked = chip.rate("fp32") / 2  # multiply-adds a second
     return [
-        Wire("registers", 12 * clocked, COMPUTE, "derived from the FP32 rate"),
-        Wire("shared memory", clocked, COMPUTE, "derived from the FP32 rate"),
-        Wire("HBM", chip.bandwidth(), MEMORY, "data sheet"),
-        Wire("NVLink of an H100", whole.scale_up.bandwidth, COMMUNICATION, "data sheet"),
-        Wire("NVLink of an H800", chip.scale_up.effective, COMMUNICATION, "reached, of 200"),
-        Wire("InfiniBand", chip.scale_out.effective, COMMUNICATION, "reached, of 50"),
-        Wire("Ethernet, 25 Gb/s", ETHERNET, COMMUNICATION, "line rate"),
+        Wire("registers", 12 * clocked, COMPUTE),
+        Wire("shared memory", clocked, COMPUTE),
+        Wire("HBM", chip.bandwidth(), MEMORY),
+        Wire("NVLink of an H100", whole.scale_up.bandwidth, COMMUNICATION),
+        Wire("NVLink of an H800", chip.scale_up.effective, COMMUNICATION),
+        Wire("InfiniBand", chip.scale_out.effective, COMMUNICATION),
+        Wire("Ethernet, 25 Gb/s", ETHERNET, COMMUNICATION),
     ]
 
 
@@ -70,19 +67,6 @@ def bandwidths() -> Figure:
         "line rate: Ethernet",
     )
     return fig
-
-
-def bandwidths_table() -> None:
-    """Print each wire's rate, how it is known, and how long 4,096 tokens take on it."""
-    hidden = ModelConfig.named("deepseek-v3").hidden_size
-    size, slow = 2 * TOKENS * hidden, wires()[-2].bandwidth
-    print(f"{TOKENS:,} tokens of {hidden:,} numbers in BF16: {size / 1e6:.1f} MB")
-    print(f"{'':20}{'bytes/s':>10}{'x InfiniBand':>14}{'those tokens':>15}   how it is known")
-    for wire in wires():
-        took = f"{size / wire.bandwidth * 1e6:,.1f} us"
-        times = wire.bandwidth / slow
-        ratio = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
-        print(f"{wire.name:20}{_size(wire.bandwidth):>10}{ratio:>14}{took:>15}   {wire.how}")
 
 
 def _size(bandwidth: float) -> str:
