@@ -22,6 +22,8 @@ BENCHES = {
     "precision": "dsv3_tutorial.bench.precision",
     "gradients": "dsv3_tutorial.bench.gradients",
     "network": "dsv3_tutorial.bench.network",
+    "inference": "dsv3_tutorial.bench.inference",
+    "quality": "dsv3_tutorial.bench.quality",
 }
 
 
@@ -33,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     options, options.rest = parser.parse_known_args(argv)
-    takes_more = options.run is _train or (options.run is _bench and len(options.names) == 1)
+    own = options.run in (_train, _generate, _quantize)  # commands that have their own options
+    takes_more = own or (options.run is _bench and len(options.names) == 1)
     if options.rest and not takes_more:
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
@@ -79,9 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="say which there are, and run none")
     bench.add_argument("--out", metavar="FOLDER", help="receipts go here (default: data/measured)")
 
-    commands.add_parser("train", add_help=False, help="train a model on real text").set_defaults(
-        run=_train
-    )
+    for name, run, about in (
+        ("train", _train, "train a model on real text"),
+        ("generate", _generate, "continue a text with a trained model"),
+        ("quantize", _quantize, "write a checkpoint in FP8, INT8 or INT4, and say what it costs"),
+    ):
+        commands.add_parser(name, add_help=False, help=about).set_defaults(run=run)
 
     probe = _command(commands, "probe", _probe, "find out how this machine's FP8 matmul sums")
     probe.add_argument("--out", metavar="FOLDER", help="receipts go here (default: data/measured)")
@@ -124,6 +130,18 @@ def _train(options: argparse.Namespace) -> int:
     from dsv3_tutorial.train import run
 
     return run.main(options.rest)  # its own options
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from dsv3_tutorial.inference import command
+
+    return command.main(options.rest)  # its own options
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from dsv3_tutorial.bench import quantize_report
+
+    return quantize_report.main(options.rest)  # its own options
 
 
 def _probe(options: argparse.Namespace) -> int:

@@ -3,14 +3,14 @@
 Judged from names, shapes and dtypes alone, before a single weight is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from dsv3_tutorial import checkpoint_codes as codes
 from dsv3_tutorial import checkpoint_layout as layout
-from dsv3_tutorial.checkpoint_files import DTYPES, FP8, Stored
-from dsv3_tutorial.checkpoint_layout import SCALE, Names, Part, grouped
+from dsv3_tutorial.checkpoint_files import DTYPES, Stored
+from dsv3_tutorial.checkpoint_layout import Names, Part, grouped
 from dsv3_tutorial.config import ModelConfig, QuantizationConfig
-from dsv3_tutorial.fp8.quant import scale_shape
 
 
 @dataclass
@@ -33,13 +33,14 @@ class Plan:
         self.copies = {copy: source for copy, source in copies.items() if copy in self.stored}
         self.shapes = {name: part.shape for name, part in self.parts.items()}
         self.shapes |= {copy: tuple(self.expected[of]) for copy, of in self.copies.items()}
-        self.fp8 = [k for k in self.shapes if k in self.stored and self.stored[k].dtype == FP8]
+        found = {name: codes.format_of(name, self.stored) for name in self.shapes}
+        self.coded = {name: fmt for name, fmt in found.items() if fmt is not None}
 
     def key_problems(self) -> list[str]:
         prefixes = layout.mtp_prefixes(self.cfg)
         left_out = tuple(p for p in prefixes if not any(k.startswith(p) for k in self.expected))
         modules = tuple(p for p in prefixes if p not in left_out)
-        missing = [key for key in self.parts if key not in self.stored]
+        missing = [k for k in self.parts if k not in self.stored and k not in self.coded]
         problems = []
         if modules and not any(key.startswith(modules) for key in self.stored):
             missing = [key for key in missing if not key.startswith(modules)]
@@ -48,8 +49,11 @@ class Plan:
                 "the files have none of their tensors: load with mtp=False to go without"
             ]
         problems += [f"missing: {key}" for key in grouped(missing)]
-        problems += [f"FP8 without its scale: {key}" for key in grouped(self._without_scale())]
-        known = {*self.shapes, *(key + SCALE for key in self.fp8)}
+        for fmt in codes.CODED:
+            lacking = [k for k, kind in self.coded.items() if kind == fmt and self._lacks(k)]
+            what = f"{fmt.upper()} without its scale" + " or its shape" * (fmt == "int4")
+            problems += [f"{what}: {key}" for key in grouped(lacking)]
+        known = {*self.shapes, *(piece for key in self.coded for piece in self.pieces(key))}
         unexpected = [
             key
             for key in self.stored
@@ -59,34 +63,45 @@ class Plan:
         ]
         return [*problems, *(f"unexpected: {key}" for key in grouped(unexpected))]
 
-    def _without_scale(self) -> list[str]:
-        return [key for key in self.fp8 if key + SCALE not in self.stored]
+    def pieces(self, name: str) -> codes.Pieces:
+        """The stored tensors that a coded weight is made of; none where it is no matrix."""
+        shape = self.shapes[name]
+        return codes.pieces(self.coded[name], name, shape, self.block) if len(shape) > 1 else {}
+
+    def _lacks(self, name: str) -> bool:
+        return any(piece not in self.stored for piece in self.pieces(name))
 
     def shape_problems(self) -> list[str]:
         """All that is wrong with shapes and dtypes of what is there, names of a kind together."""
         found: dict[str, list[str]] = {}
-        if self.fp8 and self.cfg.quantization_config is None:
-            found["FP8, and config.json has no quantization_config to give the block size"] = (
-                self.fp8
-            )
-        for name, shape in self.shapes.items():
-            if name not in self.stored:
-                continue
-            has = self.stored[name]
-            if has.dtype not in DTYPES:
-                found.setdefault(
-                    f"stored as {has.dtype}, and a weight is {', '.join(DTYPES)}", []
-                ).append(name)
-            if has.shape != tuple(shape):
-                found.setdefault(f"shape {has.shape}, not {tuple(shape)}", []).append(name)
-            elif name in self.fp8 and name + SCALE in self.stored and len(shape) > 1:
-                scale, wanted = self.stored[name + SCALE], scale_shape(shape, self.block)
-                if (scale.dtype, scale.shape) != ("F32", wanted):
-                    what = f"{scale.dtype} {scale.shape}, not F32 {wanted}"
-                    found.setdefault(what, []).append(name + SCALE)
-            elif name in self.fp8 and len(shape) < 2:
-                found.setdefault("FP8, and no matrix", []).append(name)
+        if self.coded and self.cfg.quantization_config is None:
+            kinds = ", ".join(fmt.upper() for fmt in codes.CODED if fmt in self.coded.values())
+            to_say = "to give the block size" if kinds == "FP8" else "to say how they are meant"
+            found[f"{kinds}, and config.json has no quantization_config {to_say}"] = [*self.coded]
+        for name in self.shapes:
+            for what, key in self._coded(name) if name in self.coded else self._plain(name):
+                found.setdefault(what, []).append(key)
         return [f"{what}: {key}" for what, names in found.items() for key in grouped(names)]
+
+    def _plain(self, name: str) -> Iterator[tuple[str, str]]:
+        if name in self.stored:
+            has, shape = self.stored[name], tuple(self.shapes[name])
+            if has.dtype not in DTYPES:
+                yield f"stored as {has.dtype}, and a weight is {', '.join(DTYPES)}", name
+            if has.shape != shape:
+                yield f"shape {has.shape}, not {shape}", name
+
+    def _coded(self, name: str) -> Iterator[tuple[str, str]]:
+        if not self.pieces(name):
+            yield f"{self.coded[name].upper()}, and no matrix", name
+        for piece, (kinds, shape) in self.pieces(name).items():
+            has = self.stored.get(piece)
+            if has is None or (has.dtype in kinds and has.shape == shape):
+                continue
+            if piece == name:
+                yield f"shape {has.shape}, not {shape}", name
+                return  # its scale cannot fit either
+            yield f"{has.dtype} {has.shape}, not {' or '.join(kinds)} {shape}", piece
 
     @property
     def block(self) -> tuple[int, int]:

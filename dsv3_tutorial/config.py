@@ -42,12 +42,21 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How a checkpoint's weights are stored: FP8 with one scale per block (DeepSeek-V3's own)."""
+    """How a checkpoint's weights are stored: FP8 with one scale per block (DeepSeek-V3's own).
+
+    `compressed-tensors` with fmt "int8" has one scale per output, with "int4" one per group of 128;
+    the block sizes then say nothing.
+    """
 
     quant_method: str = "fp8"
     fmt: str = "e4m3"
     weight_block_size: tuple[int, int] = (128, 128)
     activation_scheme: str = "dynamic"
+
+    @classmethod
+    def of(cls, fmt: str) -> "QuantizationConfig":
+        """The one for a weight format that a folder can hold: fp8, int8 or int4."""
+        return cls() if fmt == "fp8" else cls("compressed-tensors", fmt)
 
     def problems(self) -> list[str]:
         found = config_checks.type_problems(vars(self), get_type_hints(QuantizationConfig))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, get_args, get_origin
 
-from dsv3_tutorial.huggingface import MODEL_TYPES, ROPE_TYPES, SCORING, TOPK
+from dsv3_tutorial.huggingface import COMPRESSED, MODEL_TYPES, ROPE_TYPES, SCORING, TOPK
 
 _POSITIVE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -75,7 +75,8 @@ _RAMPS = {"yarn": ("beta_slow", "beta_fast"), "llama3": ("low_freq_factor", "hig
 def quantization_problems(quantization: Any) -> list[str]:
     method, fmt = quantization.quant_method, quantization.fmt
     found = []
-    if (method, fmt) != ("fp8", "e4m3"):
+    known = {("fp8", "e4m3"), *(("compressed-tensors", fmt) for fmt in COMPRESSED)}
+    if (method, fmt) not in known:
         found.append(f"{method!r} with fmt {fmt!r} is not 'fp8' with fmt 'e4m3'")
     sides = quantization.weight_block_size
     if len(sides) != 2 or not all(accepts(int, side) and side > 0 for side in sides):

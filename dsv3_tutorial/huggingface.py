@@ -146,6 +146,10 @@ def _read_quantization(values: dict[str, Any]) -> list[str]:
     if not isinstance(raw, Mapping):
         return [f"quantization_config must be an object, got {raw!r}"]
     method, fmt = raw.get("quant_method"), raw.get("fmt", "e4m3")
+    if method == "compressed-tensors":
+        fmt = next((fmt for fmt in COMPRESSED if _is_compressed(raw, fmt)), None)
+        values["quantization_config"] = fmt and {"quant_method": method, "fmt": fmt}
+        return [] if fmt else [_NOT_COMPRESSED]
     if (method, fmt) != ("fp8", "e4m3"):
         what = repr(method) if method != "fp8" else f"'fp8' with fmt {fmt!r}"
         only = "only 'fp8' with fmt 'e4m3' is implemented"
@@ -159,15 +163,52 @@ def _read_quantization(values: dict[str, Any]) -> list[str]:
     return [f"quantization_config.{name} = {raw[name]!r} cannot be honoured" for name in left]
 
 
+# Integer weights on disk, as the library compressed-tensors names them. INT8 tells whoever runs it
+# to quantise each token's inputs as well, which is what makes its products integer products.
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+COMPRESSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "int8": ("int-quantized", {"num_bits": 8, "strategy": "channel", "group_size": None}, _TOKENS),
+    "int4": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 128}, None),
+}
+_NOT_COMPRESSED = (
+    "quantization_config: this kind of 'compressed-tensors' cannot be honoured, only symmetric "
+    "integers: 'int-quantized' with 8 bits by channel, 'pack-quantized' with 4 bits by group of 128"
+)
+
+
+def _is_compressed(raw: Mapping[str, Any], fmt: str) -> bool:
+    """Whether all weights are said to be stored as `fmt`, and no input by a fixed scale."""
+    layout, weights, _ = COMPRESSED[fmt]
+    groups = raw.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    if raw.get("format") != layout or len(groups) != 1 or not isinstance(groups[0], Mapping):
+        return False
+    has, inputs = groups[0].get("weights"), groups[0].get("input_activations")
+    plain = {**weights, "type": "int", "symmetric": True}
+    return (
+        isinstance(has, Mapping)
+        and all(has.get(name) == value for name, value in plain.items())
+        and (inputs is None or (isinstance(inputs, Mapping) and inputs.get("dynamic") is True))
+    )
+
+
+def _write_compressed(fmt: str) -> dict[str, Any]:
+    layout, weights, inputs = COMPRESSED[fmt]
+    weights = {**weights, "type": "int", "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    ignore = ["lm_head", r"re:.*\.mlp\.gate$", r"re:.*\.eh_proj$", r"re:.*\.shared_head\.head$"]
+    how = {"quant_method": "compressed-tensors", "format": layout}
+    how |= {"quantization_status": "compressed", "ignore": ignore}
+    return {**how, "config_groups": {"group_0": {**group, "output_activations": None}}}
+
+
 def write(config: Any) -> dict[str, Any]:
     """The config as Hugging Face publishes it: no field that is unset or that its type implies."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if config.rope_scaling is not None:
         values["rope_scaling"] = _write_scaling(config.rope_scaling)
     if config.quantization_config is not None:
-        quantization = asdict(config.quantization_config)
-        quantization["weight_block_size"] = list(quantization["weight_block_size"])
-        values["quantization_config"] = quantization
+        values["quantization_config"] = _write_quantization(config.quantization_config)
     for name in _implied_fields(config):
         del values[name]
     # null says "queries are not compressed" and "as many as heads"; left out, transformers would
@@ -175,6 +216,12 @@ def write(config: Any) -> dict[str, Any]:
     kept = ("q_lora_rank", "num_key_value_heads") if config.is_mla else ()
     written = {k: v for k, v in values.items() if v is not None or k in kept}
     return {"hidden_act": "silu", **written}
+
+
+def _write_quantization(stored: Any) -> dict[str, Any]:
+    if stored.quant_method == "compressed-tensors":
+        return _write_compressed(stored.fmt)
+    return {**asdict(stored), "weight_block_size": list(stored.weight_block_size)}
 
 
 def _implied_fields(config: Any) -> list[str]:

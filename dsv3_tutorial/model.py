@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_tutorial import checkpoint
-from dsv3_tutorial.attention.cache import FullCache, LatentCache
+from dsv3_tutorial.attention.cache import CacheError, FullCache, LatentCache
+from dsv3_tutorial.attention.cache_fp8 import Fp8LatentCache
 from dsv3_tutorial.block import Block, initialize
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.mtp import MTPModule
 
-Caches = list[LatentCache] | list[FullCache]
+Caches = list[LatentCache] | list[Fp8LatentCache] | list[FullCache]
+CACHE_KINDS = ("bf16", "fp8", "fp8-rope")
 
 
 class Decoder(nn.Module):
@@ -127,14 +129,38 @@ class DeepSeekV3(nn.Module):
         """
         checkpoint.save(folder, self.cfg, self.state_dict(), dtype, quantize)
 
-    def caches(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Caches:
+    def caches(
+        self,
+        batch: int,
+        length: int,
+        dtype: torch.dtype | None = None,
+        kind: str | None = None,
+    ) -> Caches:
         """One empty cache per layer, MTP modules last, for `batch` sequences of `length` tokens.
 
-        Latent caches for an MLA model, one key and value per key-value head otherwise.
+        Latent caches for an MLA model, one key and value per key-value head otherwise. They hold
+        the model's dtype, or `dtype`, or what `kind` names: "bf16", "fp8" (the latent in E4M3), and
+        "fp8-rope" (the RoPE key too). Raises CacheError for FP8 without a latent, and for a kind
+        that does not exist or contradicts `dtype`.
         """
-        kind = LatentCache if self.cfg.is_mla else FullCache
-        weight = self.lm_head.weight
-        return [
-            kind.for_config(self.cfg, batch, length, dtype or weight.dtype, weight.device)
-            for _ in self.model.layers
-        ]
+        _check_kind(kind, dtype)
+        dtype = torch.bfloat16 if kind == "bf16" else dtype or self.lm_head.weight.dtype
+        where = self.cfg, batch, length, dtype, self.lm_head.weight.device
+        if kind in ("fp8", "fp8-rope"):
+            own = {"rope_fp8": kind == "fp8-rope"}
+            return [Fp8LatentCache.for_config(*where, **own) for _ in self.model.layers]
+        plain = LatentCache if self.cfg.is_mla else FullCache
+        return [plain.for_config(*where) for _ in self.model.layers]
+
+
+def _check_kind(kind: str | None, dtype: torch.dtype | None) -> None:
+    if kind is not None and kind not in CACHE_KINDS:
+        raise CacheError(
+            f"A cache of kind {kind!r} does not exist, so there is nowhere to store a token. "
+            f"Pass one of {CACHE_KINDS}, or None for the model's own dtype."
+        )
+    if kind == "bf16" and dtype not in (None, torch.bfloat16):
+        raise CacheError(
+            f"A cache was asked for in {dtype} and in BF16, and tokens are stored in one of them. "
+            "Leave out dtype, or kind."
+        )

@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -43,7 +44,8 @@ def test_help_is_quick_because_it_loads_neither_torch_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("doctor", "bench", "train", "grade"))
+    commands = "doctor", "bench", "train", "generate", "quantize", "grade"
+    assert all(command in done.stdout for command in commands)
 
 
 @pytest.mark.parametrize("argv", [[], ["frobnicate"], ["bench", "nope"], ["grade"]], ids=str)
@@ -54,13 +56,24 @@ def test_wrong_usage_shows_the_usage_and_exits_2(argv, capsys):
     assert capsys.readouterr().err.startswith("usage: python -m dsv3_tutorial")
 
 
-def test_train_is_handed_its_own_options_as_they_are(monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("train", "train.run"),
+        ("generate", "inference.command"),
+        ("quantize", "bench.quantize_report"),
+    ],
+)
+def test_a_command_is_handed_its_own_options_as_they_are(command, module, monkeypatch):
     calls = []
-    run = SimpleNamespace(main=lambda argv: calls.append(argv) or 0)
-    monkeypatch.setitem(sys.modules, "dsv3_tutorial.train.run", run)
-    monkeypatch.setattr("dsv3_tutorial.train.run", run, raising=False)
-    assert cli.main(["train", "--out", "my run", "--steps", "3", "--help"]) == 0
-    assert calls == [["--out", "my run", "--steps", "3", "--help"]]
+    fake = SimpleNamespace(main=lambda argv: calls.append(argv) or 3)
+    package, _, name = module.partition(".")
+    monkeypatch.setitem(sys.modules, f"dsv3_tutorial.{module}", fake)
+    parent = importlib.import_module(f"dsv3_tutorial.{package}")
+    monkeypatch.setattr(parent, name, fake, raising=False)
+    given = ["my run", "--steps", "3", "--prompt", "def x", "out", "--to=fp8", "-", "--help"]
+    assert cli.main([command, *given]) == 3
+    assert calls == [given]
 
 
 def test_an_interrupt_exits_130_without_a_traceback(bench, capsys):

@@ -1,8 +1,10 @@
 """What a layer keeps of the tokens it has read: preallocated, written in place, one object a layer.
 
 B batch, T cached positions, H key-value heads, C kv latent, R rope head dim. A cache is for
-inference: no gradient flows through it. Sequences of a batch may have different lengths: prefill
-them padded on the right, then `trim` to the true ones; causal attention never read the padding.
+inference: no gradient flows through it. It may hold a narrower dtype than the model computes in:
+what is stored is rounded to it, what is read is widened. Sequences of a batch may have different
+lengths: prefill them padded on the right, then `trim` to the true ones; causal attention never read
+the padding.
 """
 
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsv3_tutorial.attention.decode import latent_decode
 from dsv3_tutorial.config import ModelConfig
 
 
@@ -31,7 +34,7 @@ class Cache:
                 f"A cache of {batch} sequences of {capacity} tokens with parts {shapes} has an "
                 "empty side, so nothing could be stored. Every size must be 1 or more."
             )
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self.shapes = batch, capacity, shapes  # of a token's parts
         with torch.inference_mode(False):  # or it could be written to in inference mode only
             # Zeros: a slot beyond a short sequence has probability 0, and 0 times NaN is NaN.
             self.parts = tuple(torch.zeros(batch, capacity, *shape, **where) for shape in shapes)
@@ -79,22 +82,26 @@ class Cache:
         at = slice(start, start + count)
         if not self.uniform:
             at = self.lengths[:, None] + torch.arange(count, device=self.rows.device)  # (B, S)
-        for part, tokens in zip(self.parts, new, strict=True):
-            part[(slice(None) if self.uniform else self.rows, at)] = tokens.detach()
+        stored = self._encoded(*(tokens.detach() for tokens in new))
+        for part, tokens in zip(self.parts, stored, strict=True):
+            part[(slice(None) if self.uniform else self.rows, at)] = tokens
         self.lengths += count
         self.shortest += count
         self.longest += count
 
+    def _encoded(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """The new tokens as the parts hold them."""
+        return tuple(tokens.to(part.dtype) for part, tokens in zip(self.parts, new))
+
     def _check(self, new: tuple[Tensor, ...]) -> None:
         count = new[0].shape[1]
-        for part, tokens in zip(self.parts, new, strict=True):
-            wanted = (self.batch, count, *part.shape[2:])
-            if tokens.shape != wanted or tokens.dtype != part.dtype:
+        for shape, tokens in zip(self.shapes, new, strict=True):
+            wanted = (self.batch, count, *shape)
+            if tokens.shape != wanted or not tokens.is_floating_point():
                 raise CacheError(
                     f"Got {tuple(tokens.shape)} {tokens.dtype} to store where this cache holds "
-                    f"{wanted} {part.dtype}: tokens of another batch, width or precision cannot "
-                    "lie beside those it has. Make the cache with for_config(cfg, batch, ...) "
-                    "and the model's dtype."
+                    f"{wanted} of real numbers: tokens of another batch or width cannot lie "
+                    "beside those it has. Make the cache with for_config(cfg, batch, ...)."
                 )
         if self.longest + count > self.capacity:
             raise CacheError(
@@ -145,9 +152,12 @@ class FullCache(Cache):
         return self.parts[1][:, : self.longest]
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store S tokens, give back all held: (B, S, H, ...) -> (B, T, H, ...), views."""
+        """Store S tokens, give back all held: (B, S, H, ...) -> (B, T, H, ...), in keys' dtype.
+
+        Views where that is the cache's own dtype, else a copy of everything at each call.
+        """
         self._store(keys, values)
-        return self.keys, self.values
+        return self.keys.to(keys.dtype), self.values.to(values.dtype)
 
 
 class LatentCache(Cache):
@@ -167,7 +177,7 @@ class LatentCache(Cache):
         device: torch.device | str | None = None,
     ):
         super().__init__(batch, capacity, (rank + rope_dim,), dtype=dtype, device=device)
-        self.rank = rank
+        self.rank, self.shapes = rank, ((rank,), (rope_dim,))
         self.whole = self.parts[0]  # (B, T_max, C + R)
         self.parts = self.whole[..., :rank], self.whole[..., rank:]
 
@@ -209,3 +219,16 @@ class LatentCache(Cache):
         """Store S tokens, give back all held: (B, S, C), (B, S, R) -> (B, T, C + R), a view."""
         self._store(c_kv, k_rope)
         return self.latent
+
+    def attend(self, q: Tensor, scale: float, backend: str | None = None) -> Tensor:
+        """Attend from the last S tokens of each sequence to all that it holds, causally.
+
+        q (B, S, H, C + R), absorbed query beside rotated part -> (B, S, H, C), in q's dtype: see
+        `attention.decode`. The S tokens are appended first. Costs a copy of the cache each call
+        where its dtype is not q's.
+        """
+        wide = torch.promote_types(q.dtype, self.whole.dtype)
+        latent = self.latent.to(wide)  # no copy where it is wide already
+        return latent_decode(q.to(wide), latent, self.lengths, self.rank, scale, backend).to(
+            q.dtype
+        )

@@ -39,8 +39,10 @@ def attend(
         lengths = [cached] * len(q) if cache.uniform else cache.lengths.tolist()
         each = zip(q, keys, values, lengths, strict=True)
         return torch.stack([attend_one(a, k[:t], v[:t], scale) for a, k, v, t in each])
-    mask = None
-    if not fresh and (queries > 1 or not cache.uniform):
+    mask, causal = None, False
+    if fresh and queries > 1:  # asked, not assigned: a compiler of many lengths has a symbol there
+        causal = True
+    elif not fresh and (queries > 1 or not cache.uniform):
         mask = visible(cache.lengths, queries, cached)[:, None]  # (B, 1, S, T)
     width = values.shape[-1]
     if mask is None and q.device.type == "cpu" and width < q.shape[-1]:
@@ -49,7 +51,7 @@ def attend(
     out = F.scaled_dot_product_attention(
         *(part.transpose(1, 2) for part in (q, keys, values)),
         attn_mask=mask,
-        is_causal=fresh and queries > 1,
+        is_causal=causal,
         scale=scale,
         enable_gqa=q.shape[2] != keys.shape[2],
     )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_tutorial.attention import latent
-from dsv3_tutorial.attention.cache import Cache, CacheError, FullCache, LatentCache
-from dsv3_tutorial.attention.decode import latent_decode
+from dsv3_tutorial.attention.cache import Cache, CacheError, FullCache
 from dsv3_tutorial.attention.mha import attend, check_input, visible
 from dsv3_tutorial.attention.rope import RotationTable, rotate
 from dsv3_tutorial.config import ConfigError, ModelConfig
@@ -59,11 +58,9 @@ class MLA(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None, absorb: bool | None = None) -> Tensor:
         check_input(x, self.cfg)
         absorb = self.absorb if absorb is None else absorb
-        cos, sin = self.rotation.next_rows(cache, x.shape[1], x)
         q_nope, q_rope = self.queries(x)
-        q_rope = rotate(q_rope, cos, sin, self.cfg.rope_interleave)
         c_kv, k_rope = self.compressed(x)
-        k_rope = rotate(k_rope[:, :, None], cos, sin, self.cfg.rope_interleave)[:, :, 0]
+        q_rope, k_rope = self._turned(q_rope, k_rope, cache)
         if isinstance(cache, FullCache) or (cache is None and absorb is None):
             out = self._whole_heads(q_nope, q_rope, c_kv, k_rope, cache)
         else:
@@ -89,8 +86,19 @@ class MLA(nn.Module):
 
     def up_weights(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, C) and W_UV (H, V, C): views of the one weight `kv_b_proj`."""
-        weight = self.kv_b_proj.weight.unflatten(0, (self.cfg.num_attention_heads, -1))
-        return weight[:, : self.cfg.qk_nope_head_dim], weight[:, self.cfg.qk_nope_head_dim :]
+        n, v = self.cfg.qk_nope_head_dim, self.cfg.v_head_dim
+        return self.kv_b_proj.weight.view(-1, n + v, self.cfg.kv_lora_rank).split([n, v], dim=1)
+
+    def _turned(self, q_rope: Tensor, k_rope: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Both parts with a position, (B, S, H, R) and (B, S, R), rotated to where they stand."""
+        cos, sin = self.rotation.next_rows(cache, q_rope.shape[1], q_rope)
+        k_rope, interleave = k_rope[:, :, None], self.cfg.rope_interleave  # (B, S, 1, R)
+        if cache is None:
+            q_rope, k_rope = (rotate(part, cos, sin, interleave) for part in (q_rope, k_rope))
+            return q_rope, k_rope[:, :, 0]
+        # few tokens: ten small operators cost more than copying the queries
+        both = rotate(torch.cat([q_rope, k_rope], dim=2), cos, sin, interleave)
+        return both[:, :, :-1], both[:, :, -1]
 
     def _whole_heads(
         self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, cache: Cache | None
@@ -114,12 +122,13 @@ class MLA(nn.Module):
         if cache is None:
             lengths = torch.full((1,), queries, device=c_kv.device)
         else:
-            cached, lengths = _append(cache, c_kv, k_rope), cache.lengths
-            if absorb is None and queries >= self.expands_from:
-                return self._whole_heads(q_nope, q_rope, cache.c_kv, cache.k_rope, cache)
-            if absorb is not False:
-                return self._decode(q_nope, q_rope, cached, lengths)
-            c_kv, k_rope = cache.c_kv, cache.k_rope
+            lengths = _append(cache, c_kv, k_rope).lengths
+            expanded = queries >= self.expands_from if absorb is None else not absorb
+            if not expanded:
+                return self._decode(q_nope, q_rope, cache)
+            c_kv, k_rope = (part.to(q_nope.dtype) for part in (cache.c_kv, cache.k_rope))
+            if absorb is None:
+                return self._whole_heads(q_nope, q_rope, c_kv, k_rope, cache)
         w_uk, w_uv = self.up_weights()
         scores = latent.absorbed_scores if absorb else latent.expanded_scores
         mix = latent.absorbed_values if absorb else latent.expanded_values
@@ -127,19 +136,19 @@ class MLA(nn.Module):
         logits = scores(q_nope, q_rope, c_kv, k_rope, w_uk)
         return mix(latent.probabilities(logits, self.cfg.softmax_scale, mask), c_kv, w_uv)
 
-    def _decode(self, q_nope: Tensor, q_rope: Tensor, cached: Tensor, lengths: Tensor) -> Tensor:
-        """Absorbed, over the cache as one tensor: a token's latent is read once for all heads."""
+    def _decode(self, q_nope: Tensor, q_rope: Tensor, cache: Cache) -> Tensor:
+        """Absorbed, over rows as the cache keeps them: each is read once for all heads."""
         w_uk, w_uv = self.up_weights()
         q = torch.cat([latent.absorb_query(q_nope, w_uk), q_rope], dim=-1)  # (B, S, H, C + R)
-        rank, scale = self.cfg.kv_lora_rank, self.cfg.softmax_scale
-        mixed = latent_decode(q, cached, lengths, rank, scale, self.backend)
-        return torch.einsum("bshc,hvc->bshv", mixed, w_uv)
+        mixed = cache.attend(q, self.cfg.softmax_scale, self.backend)  # (B, S, H, C)
+        return latent.per_head(mixed, w_uv.mT)  # (B, S, H, V)
 
 
-def _append(cache: Cache, c_kv: Tensor, k_rope: Tensor) -> Tensor:
-    if not isinstance(cache, LatentCache):
+def _append(cache: Cache, c_kv: Tensor, k_rope: Tensor) -> Cache:
+    if not hasattr(cache, "attend"):  # what makes a cache a latent one, wherever its rows lie
         raise CacheError(
             f"MLA got a {type(cache).__name__}, which it cannot write to. "
             "Use LatentCache.for_config(cfg, batch, capacity), or a FullCache."
         )
-    return cache.append(c_kv, k_rope)
+    cache.append(c_kv, k_rope)
+    return cache

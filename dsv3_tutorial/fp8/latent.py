@@ -42,8 +42,16 @@ def pack_latent(c_kv: Tensor, k_rope: Tensor, checked: bool = True) -> Tensor:
             "that differ in their last axis only."
         )
     _check_order()
-    stored, scale = quantize_tiles(c_kv, checked=checked)
-    parts = (stored, scale, k_rope.to(torch.bfloat16))
+    return pack_rows(*quantize_tiles(c_kv, checked=checked), k_rope)
+
+
+def pack_rows(codes: Tensor, scales: Tensor, k_rope: Tensor) -> Tensor:
+    """One row of bytes for a token: its codes, then their scales, then its RoPE key in BF16.
+
+    codes (..., C) float8_e4m3fn, scales (..., ceil(C / 128)) float32, k_rope (..., R) in any real
+    dtype -> uint8 (..., C + 4 ceil(C / 128) + 2 R). The bits are kept, nothing but the key rounds.
+    """
+    parts = codes, scales, k_rope.to(torch.bfloat16)
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
 
 

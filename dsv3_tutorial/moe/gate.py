@@ -80,14 +80,14 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, cfg: ModelConfig) -> R
     """
     with _without_autocast(x.device.type):
         scores = affinities(x, weight, cfg.scoring_func)
-    k = cfg.num_experts_per_tok
-    with torch.no_grad():
-        biased = scores if bias is None or cfg.topk_method != "noaux_tc" else scores + bias
-        if cfg.topk_method == "greedy" or cfg.topk_group == cfg.n_group:
-            indices = biased.topk(k, dim=-1).indices  # (M, K)
-        else:
-            best = 2 if cfg.topk_method == "noaux_tc" else 1
-            indices = choose_experts(biased, cfg.n_group, cfg.topk_group, k, best)
+    k, biased = cfg.num_experts_per_tok, scores.detach()  # the choice has no gradient
+    if bias is not None and cfg.topk_method == "noaux_tc":
+        biased = biased + bias
+    if cfg.topk_method == "greedy" or cfg.topk_group == cfg.n_group:
+        indices = biased.topk(k, dim=-1).indices  # (M, K)
+    else:
+        best = 2 if cfg.topk_method == "noaux_tc" else 1
+        indices = choose_experts(biased, cfg.n_group, cfg.topk_group, k, best)
     factor = cfg.routed_scaling_factor
     return Routing(indices, combine_weights(scores, indices, cfg.norm_topk_prob, factor), scores)
 

@@ -5,7 +5,7 @@ import pytest
 from dsv3_tutorial.attention.decode_blocks import HALF_BLOCKS, SINGLE_BLOCKS, padded
 
 pytestmark = pytest.mark.slow
-MODULE = "dsv3_tutorial.attention.triton_decode"
+MODULE = "dsv3_tutorial.attention.triton_decode_kernels"
 RANK, ROPE = 512, 64  # DeepSeek-V3's latent and decoupled key
 SHARED_LIMIT = 232_448  # bytes of shared memory a program may take on Hopper
 REGISTER_FILE = 65_536  # registers of one SM
@@ -13,18 +13,18 @@ TYPES = {"bf16": HALF_BLOCKS, "fp16": HALF_BLOCKS[-1:], "fp32": SINGLE_BLOCKS}
 
 
 def _attend(kind, blocks, out):
-    pointers = {"q_ptr": kind, "latent_ptr": kind, "lengths_ptr": "i64", "out_ptr": out}
-    pointers["lse_ptr"] = "fp32"
+    pointers = {"q_ptr": kind, "latent_ptr": kind, "tables_ptr": "i64", "lengths_ptr": "i64"}
+    pointers |= {"out_ptr": out, "lse_ptr": "fp32"}
     counts = ["n_queries", "n_heads", "n_cached", "n_splits"]
-    strides = ["stride_latent_batch", "stride_latent_token"]
+    strides = ["stride_batch", "stride_token"]
     return {
         "module": MODULE,
         "kernel": "attend_kernel",
         "signature": {name: f"*{of}" for name, of in pointers.items()}
         | {"scale_log2": "fp32"}
-        | dict.fromkeys(counts + strides, "i32"),
+        | dict.fromkeys([*counts, *strides, "stride_table"], "i32"),
         "constexprs": {"C": RANK, "R": ROPE, "BLOCK_C": padded(RANK), "BLOCK_R": padded(ROPE)}
-        | {"ROWS": blocks.rows, "TOKENS": blocks.tokens},
+        | {"ROWS": blocks.rows, "TOKENS": blocks.tokens, "PAGE": 0},
         "divisible": [*pointers, *strides, "n_heads"],
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,

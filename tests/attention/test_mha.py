@@ -129,3 +129,12 @@ def test_what_cannot_be_attended_is_refused():
 
 def test_scores_are_divided_by_the_root_of_the_head_size():
     assert config().softmax_scale == pytest.approx(1 / math.sqrt(8))
+
+
+def test_torch_compile_keeps_it_whole_over_texts_of_any_length():
+    torch._dynamo.reset()
+    layer = Attention(ModelConfig(16, 64, 16, 1, 8, model_type="llama")).double()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for length in (6, 7, 1):
+        x = torch.randn(2, length, 64, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-12)

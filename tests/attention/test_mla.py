@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_tutorial.attention import latent, mla
+from dsv3_tutorial.attention import latent
 from dsv3_tutorial.attention.cache import Cache, CacheError, FullCache, LatentCache
 from dsv3_tutorial.attention.mla import MLA
 from dsv3_tutorial.attention.rope import rotate_pairs, rotation_table
@@ -121,9 +121,9 @@ def test_a_long_prefill_expands_and_a_short_one_absorbs(monkeypatch):
     cfg = config(rank=8, nope=6, value=6)
     assert crossover_queries(cfg) == 8 * 12 / 4 == 24
     layer, decoded = MLA(cfg).double(), []
-    real = mla.latent_decode
+    real = LatentCache.attend
     monkeypatch.setattr(
-        mla, "latent_decode", lambda q, *rest: decoded.append(q.shape[1]) or real(q, *rest)
+        LatentCache, "attend", lambda c, q, *rest: decoded.append(q.shape[1]) or real(c, q, *rest)
     )
     x = draw(1, 60, cfg.hidden_size)
     with torch.no_grad():
@@ -237,8 +237,29 @@ def test_a_cache_too_small_or_of_another_model_is_refused():
         layer(x, LatentCache.for_config(config(rank=13), 2, 8))
     with pytest.raises(CacheError, match="Got"):
         layer(x, LatentCache.for_config(cfg, 1, 8))
-    with pytest.raises(CacheError, match="bfloat16"):
-        layer(x, FullCache.for_config(cfg, 2, 8, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind, absorb", WAYS)
+def test_a_narrow_cache_under_a_wide_model_rounds_what_it_keeps_and_nothing_else(kind, absorb):
+    cfg = config(rank=8, nope=6, value=6)  # expands from 24 queries on
+    layer, x = MLA(cfg).double(), draw(2, 40, cfg.hidden_size)
+    narrow = kind.for_config(cfg, 2, 40, dtype=torch.bfloat16)
+    rounded = Rounding(kind.for_config(cfg, 2, 40, dtype=F64))
+    with torch.no_grad():
+        for start, end in ((0, 30), (30, 31), (31, 40)):
+            got = layer(x[:, start:end], narrow, absorb)
+            wanted = layer(x[:, start:end], rounded.cache, absorb)
+            assert got.dtype == F64
+            close(got, wanted, 1e-12)
+        assert not torch.equal(wanted, layer(x)[:, 31:])
+
+
+class Rounding:
+    """A float64 cache that is given BF16's values: what the narrow one must be equal to."""
+
+    def __init__(self, cache):
+        self.cache, self.append = cache, cache.append
+        cache.append = lambda *new: self.append(*(part.bfloat16().double() for part in new))
 
 
 @pytest.mark.parametrize("absorb", [None, False, True])

@@ -469,7 +469,7 @@ def unsaved(folder, model, *patterns, cfg=None, state=None, **options):
 def test_nothing_is_saved_that_no_load_would_accept(model, tmp_path):
     folder = tmp_path / "model"
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    unsaved(folder, model, "'int4' is not implemented", quantize="int4")
+    unsaved(folder, model, "'int3' is not implemented", quantize="int3")
     unsaved(folder, model, "dtype=torch.int8 is not", dtype=torch.int8)
     large = {**state, "lm_head.weight": state["lm_head.weight"] + 1e6}
     unsaved(folder, model, r"infinite .*lm_head", state=large, dtype=torch.float16)

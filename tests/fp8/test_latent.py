@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_tutorial.fp8.latent import latent_bytes, pack_latent, unpack_latent
+from dsv3_tutorial.fp8.latent import latent_bytes, pack_latent, pack_rows, unpack_latent
 from dsv3_tutorial.fp8.quant import QuantizationError, dequantize_tiles, quantize_tiles
 
 
@@ -67,6 +67,16 @@ def test_the_dtype_is_the_callers_and_unpacking_leaves_the_bytes_alone():
         assert part.dtype == torch.bfloat16 and torch.equal(part, whole.bfloat16())
         part.zero_()
     assert torch.equal(packed, kept)
+
+
+def test_packing_rows_keeps_the_bits_of_codes_and_scales_and_rounds_the_key_alone():
+    codes, scales = quantize_tiles(torch.randn(3, 200, generator=torch.manual_seed(0)))
+    key = torch.randn(3, 6, dtype=torch.float64, generator=torch.manual_seed(1))
+    rows = pack_rows(codes, scales, key)
+    parts = rows.split([200, 8, 12], dim=-1)
+    assert torch.equal(parts[0].contiguous(), codes.view(torch.uint8))
+    assert torch.equal(parts[1].contiguous().view(torch.float32), scales)
+    assert torch.equal(parts[2].contiguous().view(torch.bfloat16), key.bfloat16())
 
 
 def test_no_tokens_are_no_rows():

@@ -277,8 +277,18 @@ def test_a_few_rows_without_sorting_are_the_definition(load):
     torch.testing.assert_close(out, by_hand(floats, indices))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rows_of_a_narrow_type_are_computed_wide_and_rounded_once(dtype):
+    floats, indices, _ = case(LOADS["uneven"], hidden=32, width=16, dtype=dtype)
+    with torch.no_grad():
+        out = experts.experts_few(floats[0], indices, *floats[1:])
+        exact = by_hand([t.double() for t in floats], indices)
+    assert out.dtype == dtype
+    assert norm_error(out, exact) < torch.finfo(dtype).eps / 2
+
+
 def test_only_a_few_rows_without_a_gradient_are_left_unsorted(monkeypatch):
-    """One token of top 4 is decoding; 9 rows are not, and neither is anything that learns."""
+    """Eight tokens of top 4 are decoding; 33 rows are not, and neither is anything that learns."""
     asked = []
     monkeypatch.setattr(experts, "experts_few", lambda x, *_: asked.append(len(x)) or x)
 
@@ -288,12 +298,12 @@ def test_only_a_few_rows_without_a_gradient_are_left_unsorted(monkeypatch):
 
     with torch.no_grad():
         forward([[0, 1, 2, 3]])
-        forward([[0, 1, 2, 3]] * 2)
-        forward([[0, 1, 2]] * 3)
+        forward([[0, 1, 2, 3]] * 8)
+        forward([[0, 1, 2]] * 11)
         forward([[0, 1, 2, 3]], engine="sorted")
         forward([])
     forward([[0, 1, 2, 3]])
-    assert asked == [1, 2]
+    assert asked == [1, 8]
 
 
 @pytest.mark.parametrize(

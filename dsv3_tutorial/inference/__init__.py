@@ -1,0 +1,1 @@
+"""Serving a trained model: quantised weights, text, batches that requests join, speculation."""

@@ -1,0 +1,1 @@
+"""How a weight matrix lies in eight or four bits, and how it is multiplied as it lies there."""
