@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_tutorial.config import QuantizationConfig
 from dsv3_tutorial.fp8.quant import BLOCK, scale_shape
 from dsv3_tutorial.weights.formats import GROUP, Quantized, quantize
 
@@ -49,6 +50,20 @@ def pieces(fmt: str, name: str, shape: tuple[int, ...], block: tuple[int, int] =
         f"{name}_scale": (_FLOATS, (*lead, m, math.ceil(k / GROUP))),
         f"{name}_shape": (("I64",), (2,)),
     }
+
+
+def announced_in_vain(announced: QuantizationConfig | None, stored: Mapping) -> str | None:
+    """What is wrong where a config says that weights are coded, and no file holds a code."""
+    names = {name.removesuffix("_packed") for name in stored}
+    if announced is None or any(format_of(name, stored) for name in names):
+        return None
+    kind = {"e4m3": "fp8"}.get(announced.fmt, announced.fmt).upper()
+    held = ", ".join(sorted({tensor.dtype for tensor in stored.values()}))
+    return (
+        f"config.json announces weights in {kind} (quantization_config), and the files hold plain "
+        f"ones ({held}), no code at all: remove quantization_config from config.json if these are "
+        "the weights that are meant, or fetch the files that it describes"
+    )
 
 
 def outlines(fmt: str, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:

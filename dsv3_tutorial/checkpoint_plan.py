@@ -74,6 +74,7 @@ class Plan:
     def shape_problems(self) -> list[str]:
         """All that is wrong with shapes and dtypes of what is there, names of a kind together."""
         found: dict[str, list[str]] = {}
+        vain = codes.announced_in_vain(self.cfg.quantization_config, self.stored)
         if self.coded and self.cfg.quantization_config is None:
             kinds = ", ".join(fmt.upper() for fmt in codes.CODED if fmt in self.coded.values())
             to_say = "to give the block size" if kinds == "FP8" else "to say how they are meant"
@@ -81,7 +82,8 @@ class Plan:
         for name in self.shapes:
             for what, key in self._coded(name) if name in self.coded else self._plain(name):
                 found.setdefault(what, []).append(key)
-        return [f"{what}: {key}" for what, names in found.items() for key in grouped(names)]
+        named = [f"{what}: {key}" for what, names in found.items() for key in grouped(names)]
+        return ([vain] if vain else []) + named
 
     def _plain(self, name: str) -> Iterator[tuple[str, str]]:
         if name in self.stored:

@@ -138,6 +138,14 @@ def test_a_damaged_folder_is_refused_and_named(folder, told):
         DeepSeekV3.from_pretrained(folder)
 
 
+def test_the_lowest_code_that_other_writers_use_is_read_as_the_weight_it_says():
+    """compressed-tensors lets symmetric codes go down to -8 and -128; ours end one above."""
+    stored = encode("int4", "w", torch.randn(2, 5))
+    stored["w_packed"].view(torch.uint8)[0, 0] &= 0xF0  # column 0's four bits: -8
+    q = decode("int4", "w", stored, (2, 5))
+    assert dequantize(q)[0, 0] == -8 * q.scale[0, 0]
+
+
 def test_codes_without_a_config_that_announces_them_are_refused(folder):
     path = folder / "config.json"
     raw = json.loads(path.read_text())

@@ -14,7 +14,7 @@ from dsv3_tutorial.cost.serving import experts_touched
 
 PARTS = (
     *("embedding", "attention weights", "latent cache", "key-value cache", "dense MLP", "gate"),
-    *("routed experts", "shared experts", "norms", "head"),
+    *("routed experts", "shared experts", "norms", "output head"),
 )
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
@@ -45,15 +45,15 @@ def decode_bill(
     """The lines of one step: `batch` sequences of `context` tokens, the last `queries` of them new.
 
     MLA absorbed; every query is counted against all of its context, itself included. weights and
-    cache: out of storage.WEIGHTS and CACHES; embedding, head, gate and norms stay BF16 (float32 in
-    float32). touched: experts read in a layer, one number or one for each MoE layer; None: the
-    expected number, rounded. All integers, unless `touched` has a fraction.
+    cache: out of storage.WEIGHTS and CACHES; embedding, output head, gate and norms stay BF16
+    (float32 in float32). touched: experts read in a layer, one number or one for each MoE layer;
+    None: the expected number, rounded. All integers, unless `touched` has a fraction.
     """
     _check(context, batch, queries, weights, cache)
     rows = batch * queries
     vectors = storage.vectors(cfg, weights)
     looked_up = 0 if cfg.tie_word_embeddings else rows * cfg.hidden_size * storage.kept(weights)
-    lines = [Line("embedding", 0, looked_up)] if looked_up else []  # a tied one is read as the head
+    lines = [Line("embedding", 0, looked_up)] if looked_up else []  # tied: in the head
     lines += [
         _cache(cfg, context, batch, queries, cache),
         Line("norms", 0, vectors.pop("norms")),

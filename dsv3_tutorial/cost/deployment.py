@@ -3,15 +3,16 @@
 Experts are dealt out evenly over the devices, sequences too; all else lies whole on each device, as
 in DeepSeek's own service (data-parallel attention, expert parallelism). With `tensor_parallel`, and
 always without experts, each matrix is cut evenly instead, and what the parts then say to each other
-is *not* counted. Bounds: perfect overlap, even loads, no latency.
+is *not* counted. Bounds: perfect overlap, even loads, no latency; `expert_network` says what
+travels.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.cost import bill, limits, storage
-from dsv3_tutorial.cost.comm_moe import BF16, FP8
+from dsv3_tutorial.cost import bill, expert_network, storage
+from dsv3_tutorial.cost.serving import experts_touched
 from dsv3_tutorial.hardware import Chip, HardwareError
 
 USABLE = 0.9  # share of a device's memory for weights and cache; the rest is the runtime's
@@ -23,9 +24,10 @@ class Deployment:
     """`batch` sequences of `context` tokens over `devices` chips, `queries` new tokens each.
 
     weights, cache: out of storage.WEIGHTS and CACHES. mtp: the draft modules are held too, which
-    they must be to draft. bandwidth: bytes/s a device to another one and back, in one direction;
-    None: the chip's own link, scale-up within its domain and scale-out beyond it. Seconds and
-    bytes; raises ValueError for what cannot be, HardwareError where the chip lacks a number.
+    they must be to draft. bandwidth: bytes/s, in one direction, of all that leaves a device. None:
+    the chip's own links, scale-up for experts in its domain and scale-out for the others, at once,
+    at the effective rate where one is known and at the peak elsewhere. Seconds and bytes; raises
+    ValueError for what cannot be, HardwareError where the chip lacks a number.
     """
 
     cfg: ModelConfig
@@ -132,12 +134,22 @@ class Deployment:
 
     @property
     def read_bytes(self) -> float:
-        """Bytes that the fullest device reads in a step, experts and sequences its share."""
+        """Bytes that the fullest device reads in a step, an expert a layer at the least."""
         sizes = {line.part: line.bytes for line in self.lines}
-        cached = sum(sizes.pop(part, 0) for part in ("latent cache", "key-value cache"))
-        dealt = sizes.pop("routed experts", 0) / self.devices
+        own = ("latent cache", "key-value cache") + (() if self.cut else ("embedding",))
+        of_sequences = sum(sizes.pop(part, 0) for part in own)
+        dealt = sizes.pop("routed experts", 0) * self._expert_share
         rest = sum(sizes.values()) / (self.devices if self.cut else 1)
-        return cached * self.cache_share + dealt + rest
+        return of_sequences * self.cache_share + dealt + rest
+
+    @property
+    def _expert_share(self) -> float:
+        """The fullest device's share of the experts touched: no device reads a part of one."""
+        if self.cut:
+            return 1 / self.devices
+        rows = self.batch * self.queries
+        touched = experts_touched(self.cfg.n_routed_experts, self.cfg.num_experts_per_tok, rows)
+        return max(1 / self.devices, 1 / round(touched))
 
     @property
     def _compute_s(self) -> float:
@@ -145,26 +157,18 @@ class Deployment:
         narrow = "fp8" if self.weights == "fp8" and self.chip.rates.get("fp8") else wide
         seconds = 0.0
         for line in self.lines:
-            kept = line.part in ("head", "gate") or line.part.endswith("cache")
+            kept = line.part in ("output head", "gate") or line.part.endswith("cache")
             even = self.cut or line.part == "routed experts"
-            share = 1 / self.devices if even else self.cache_share
+            share = self._expert_share if even else self.cache_share
             seconds += share * line.flops / self.chip.rate(wide if kept else narrow)
         return seconds
 
     @property
     def _network_s(self) -> float:
-        """`limits.Decode` with this many tokens; copies to experts on the same device are free."""
-        if self.devices == 1 or self.cut:
+        if self.cut:
             return 0.0
-        return limits.Decode(
-            bandwidth=self.bandwidth or _link(self.chip, self.devices),
-            tokens=self.batch * self.cache_share * self.queries / 2,  # two micro-batches take turns
-            copies=self.cfg.num_experts_per_tok * (1 - 1 / self.devices),
-            hidden=self.cfg.hidden_size,
-            layers=storage.moe_layers(self.cfg),
-            dispatch=FP8,
-            combine=BF16,
-        ).per_token
+        tokens = self.batch * self.cache_share * self.queries
+        return expert_network.step_s(self.cfg, self.chip, self.devices, tokens, self.bandwidth)
 
     def with_batch(self, batch: int) -> "Deployment":
         """The same with another batch."""
@@ -228,15 +232,3 @@ def _memory(chip: Chip) -> float:
             f"{chip.title} has no known memory size: nobody can say what fits. Take another chip."
         )
     return chip.memory_bytes
-
-
-def _link(chip: Chip, devices: int) -> float:
-    """Bytes/s from a device to others, reached where somebody says, the peak otherwise."""
-    link = chip.scale_up if devices <= (chip.scale_up.domain or 1) else chip.scale_out
-    rate = link.effective or link.bandwidth
-    if rate is None:
-        raise HardwareError(
-            f"{chip.title} has no link of a known rate ({link.kind}) for {devices} devices: what "
-            "crosses takes an unknown time. Give a bandwidth in bytes/s, or another chip."
-        )
-    return rate

@@ -58,8 +58,8 @@ def expert_bytes_bound(
     V3, one draft, 85 %: 1.20 at batch 1, where a second token brings its own 8 experts a layer, and
     1.82 at 128, where all experts are read anyway. In between it falls first, to 1.07 at batch 5.
     context: cached tokens of each sequence, read once a pass for all queries; 0: weights alone.
-    drafted: each draft reads its module's share and the head; False: drafting is free. formats:
-    weights and cache, as in bill.decode_bill.
+    drafted: each draft reads its module's share and the output head; False: drafting is free.
+    formats: weights and cache, as in bill.decode_bill.
     """
     one, more = (_lines(cfg, batch, queries, context, **formats) for queries in (1, drafts + 1))
     plain = bill.total(one).bytes
@@ -114,7 +114,8 @@ def gain(
     """The bound with bytes and arithmetic both, on one chip that is thought to hold everything.
 
     A pass takes the longer of the two. drafted: each draft costs its module's bytes and arithmetic,
-    the head's among them. BF16 arithmetic. The reason says what the longer pass has to pay for.
+    the output head's among them. BF16 arithmetic. The reason says what the longer pass has to pay
+    for.
     """
     one, more = (_lines(cfg, batch, queries, context, **formats) for queries in (1, drafts + 1))
     times = [_times(bill.total(lines), chip) for lines in (one, more)]
@@ -144,13 +145,14 @@ def _times(line: bill.Line, chip: Chip) -> dict[str, float]:
 
 
 def _draft(cfg: ModelConfig, plain: list[bill.Line]) -> bill.Line:
-    """One draft of a module: a layer's share of a plain step, the head once more, and M_k."""
-    number = storage.copies(cfg) | {"head": 1, "routed experts": storage.moe_layers(cfg)}
+    """One draft of a module: a layer's share of a plain step, the output head again, and M_k."""
+    number = storage.copies(cfg) | {"output head": 1, "routed experts": storage.moe_layers(cfg)}
     number["latent cache"] = number["key-value cache"] = cfg.num_hidden_layers
     number["norms"] = cfg.num_hidden_layers
     moe = cfg.is_moe_layer(cfg.num_hidden_layers)
     left = ("embedding", "dense MLP") if moe else ("embedding",)
-    rows = next(n.flops for n in plain if n.part == "head") / (2 * cfg.vocab_size * cfg.hidden_size)
+    head = next(n.flops for n in plain if n.part == "output head")
+    rows = head / (2 * cfg.vocab_size * cfg.hidden_size)
     joined = 2 * cfg.hidden_size**2
     flops, read = 2 * rows * joined, 2 * joined
     for line in plain:

@@ -33,7 +33,7 @@ def matrix_bytes(m: int, k: int, weights: str) -> int:
 
 
 def kept(weights: str) -> int:
-    """Bytes a number of what no format narrows: embedding, head, gate, norms, biases."""
+    """Bytes a number of what no format narrows: embedding, output head, gate, norms, biases."""
     return 4 if weights == "float32" else 2
 
 
@@ -72,14 +72,14 @@ def held_bytes(cfg: ModelConfig, weights: str = "bf16", mtp: bool = False) -> di
     }
     for part, extra in vectors(cfg, weights, mtp).items():
         held[part] = held.get(part, 0) + extra
-    held["embedding"] = 0 if cfg.tie_word_embeddings else held["head"]
+    held["embedding"] = 0 if cfg.tie_word_embeddings else held["output head"]
     return {part: size for part, size in held.items() if size}
 
 
 def matrices(cfg: ModelConfig) -> dict[str, list[tuple[int, int]]]:
     """The sides (m, k) of every part's matrices in one layer; of the experts, one expert's."""
     d, width = cfg.hidden_size, cfg.moe_intermediate_size
-    found = {"head": [(cfg.vocab_size, d)], "attention weights": _attention(cfg)}
+    found = {"output head": [(cfg.vocab_size, d)], "attention weights": _attention(cfg)}
     if moe_layers(cfg) < cfg.num_hidden_layers:
         found["dense MLP"] = _swiglu(d, cfg.intermediate_size)
     if moe_layers(cfg):
@@ -94,7 +94,7 @@ def copies(cfg: ModelConfig, mtp: bool = False) -> dict[str, int]:
     """How many layers have each part's matrices."""
     drafts = cfg.num_nextn_predict_layers if mtp else 0
     moe, layers = moe_layers(cfg, mtp), cfg.num_hidden_layers + drafts
-    found = {"head": 1, "attention weights": layers, "dense MLP": layers - moe}
+    found = {"output head": 1, "attention weights": layers, "dense MLP": layers - moe}
     return found | {
         **dict.fromkeys(("gate", "routed experts", "shared experts"), moe),
         "draft projection": drafts,
@@ -116,7 +116,7 @@ def vectors(cfg: ModelConfig, weights: str, mtp: bool = False) -> dict[str, int]
 def narrowed(part: str, weights: str) -> str:
     """The format that a part's matrices really have."""
     wide = "float32" if weights == "float32" else "bf16"
-    return wide if part in ("head", "gate", "draft projection") else weights
+    return wide if part in ("output head", "gate", "draft projection") else weights
 
 
 def moe_layers(cfg: ModelConfig, mtp: bool = False) -> int:

@@ -31,7 +31,10 @@ class Server:
     passes it. Prompts of equal length that start together are read together, up to
     `prefill_tokens` tokens at once. A request's tokens are those of `generate` alone with the same
     sampling: its logits differ by rounding only, by at most 1e-5 of the largest in float32, whoever
-    shares the batch. A GPU is waited for once a step where all are greedy. For one thread.
+    shares the batch. Where `weights.cpu` rounds inputs to BF16 or INT8 the last bit may tip such a
+    rounding: logits then differ by thousandths of the largest, by a tenth where a choice of experts
+    tips (the weights' own rounding moves them as far), and nearly as likely tokens may swap. A GPU
+    is waited for once a step where all are greedy. For one thread.
     """
 
     def __init__(
@@ -74,8 +77,8 @@ class Server:
 
         Refused at once: what `generate` refuses, and what would not fit in an empty pool.
         """
-        cfg, prompt = self.model.cfg, list(request.prompt)
-        check_prompt(cfg, prompt, request.max_new_tokens)
+        cfg = self.model.cfg
+        prompt = check_prompt(cfg, request.prompt, request.max_new_tokens)
         answer = Answer(request.max_new_tokens, check_stop(cfg, request.stop))
         (generator,) = request.sampling.generators(1)
         steps = self._tally.steps

@@ -62,15 +62,18 @@ def generate(
 ) -> Generation:
     """Continue each prompt by up to `max_new_tokens` tokens, or to a token of `stop`.
 
-    prompts: token ids, of any lengths. cache: "bf16", "fp8", "fp8-rope" (its RoPE part narrow too)
-    or None, the model's own dtype. speculate: tokens drafted by the MTP module before each pass;
-    what comes is the same. on_token(text, token) is called as tokens come; if it gives True, that
-    text ends. compiled: as `Session`. Text i draws with seed + i: up to rounding its tokens
-    do not depend on its neighbours. One that ended goes on unseen until all have.
+    prompts: token ids, lists, tensors or arrays, of any lengths. cache: "bf16", "fp8", "fp8-rope"
+    (its RoPE part narrow too) or None, the model's own dtype. speculate: tokens drafted by the MTP
+    module before each pass; what comes is the same. on_token(text, token) is called as tokens come;
+    if it gives True, that text ends. compiled: as `Session`. Text i draws with seed + i: up to
+    rounding its tokens do not depend on its neighbours. One that ended goes on unseen until all
+    have. "The same" is up to rounding too: float32 holds it but for exact ties; in BF16, and where
+    `weights.cpu` rounds inputs to BF16 or INT8, two nearly as likely tokens may swap, about one
+    text in 40 of 40 tokens with INT8.
     Raises GenerationError before anything is computed for a request that cannot be served to its
     end, and where a text's logits are no distribution.
     """
-    check_prompts(model.cfg, prompts, max_new_tokens)
+    prompts = check_prompts(model.cfg, prompts, max_new_tokens)
     check_speculation(model.cfg, speculate)
     stop = check_stop(model.cfg, stop)
     answers = [Answer(max_new_tokens, stop, _told(on_token, i)) for i in range(len(prompts))]

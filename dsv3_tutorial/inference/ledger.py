@@ -112,7 +112,7 @@ def part_of(name: str) -> str:
 
 
 _PARTS = {
-    **{"embed_tokens": "embedding", "lm_head": "head", "eh_proj": "draft projection"},
+    **{"embed_tokens": "embedding", "lm_head": "output head", "eh_proj": "draft projection"},
     **{"self_attn": "attention weights", "gate": "gate", "shared_experts": "shared experts"},
     **{"experts": "routed experts", "mlp": "dense MLP"},
 }

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_tutorial import checkpoint
-from dsv3_tutorial.checkpoint_codes import CODED
-from dsv3_tutorial.checkpoint_files import CheckpointError
+from dsv3_tutorial.checkpoint_codes import CODED, announced_in_vain
+from dsv3_tutorial.checkpoint_files import CheckpointError, stored_tensors
 from dsv3_tutorial.checkpoint_layout import is_fp8
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.fp8.checks import QuantizationError
@@ -90,9 +90,10 @@ def load_codes(
 def quantize_folder(src: str | Path, dst: str | Path, to: str) -> None:
     """Write the checkpoint in `src` to `dst`, its projections and experts as fp8, int8 or int4.
 
-    Tokenizer and other files come along. The folder appears whole or not at all. Memory: the
-    weights once. Raises QuantizationError for an unknown format, for a checkpoint that is quantised
-    already, and where dst is src; CheckpointError for what cannot be read or written.
+    Tokenizer and other files come along. The folder appears whole or not at all; a checkpoint that
+    stands there is never replaced. Memory: the weights once. Raises QuantizationError for an
+    unknown format and for a checkpoint that is quantised already; CheckpointError for what cannot
+    be read or written, and where dst is src or holds a checkpoint.
     """
     src, dst = Path(src), Path(dst)
     cfg = checkpoint.read_config(src)
@@ -185,6 +186,9 @@ def _check_folders(cfg: ModelConfig, src: Path, dst: Path, to: str) -> None:
             f"Name one of {', '.join(CODED)}."
         )
     if cfg.quantization_config is not None:
+        vain = announced_in_vain(cfg.quantization_config, stored_tensors(src))
+        if vain:
+            raise CheckpointError(src, [vain])
         raise QuantizationError(
             f"The checkpoint in {src.name!r} is quantised already "
             f"({cfg.quantization_config.quant_method}). Rounded a second time, it would lose more "
@@ -194,3 +198,9 @@ def _check_folders(cfg: ModelConfig, src: Path, dst: Path, to: str) -> None:
         raise CheckpointError(
             dst, ["it is the folder that is read: name another for the quantised one"], "save"
         )
+    there = (
+        [path.name for path in sorted(dst.iterdir()) if _is_weights(path)] if dst.is_dir() else []
+    )
+    if there:
+        what = f"a checkpoint stands there already ({', '.join(there[:3])}), which would be lost"
+        raise CheckpointError(dst, [f"{what}: name a new folder, or remove that one"], "save")

@@ -1,5 +1,6 @@
 """What is asked of a model, checked before anything is computed, and what has come of it so far."""
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 
 from dsv3_tutorial.config import ModelConfig
@@ -9,57 +10,68 @@ class GenerationError(ValueError):
     """A request that cannot be served, or a model whose output is no distribution."""
 
 
-def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise GenerationError unless every prompt can be read and continued to its end."""
-    if not prompts:
+def check_prompts(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The prompts as lists of int: GenerationError unless each can be read and continued."""
+    if _length(prompts, "The prompts are", "Give a list of prompts, each a list of ids") == 0:
         raise GenerationError(
             "There is no prompt: a batch of 0 texts has nothing to continue. Give a list of one "
             "or more prompts, each a list of token ids."
         )
-    for index, prompt in enumerate(prompts):
+    return [
         check_prompt(cfg, prompt, max_new_tokens, f"Prompt {index}")
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def check_prompt(
     cfg: ModelConfig, prompt: Sequence[int], max_new_tokens: int, name: str = "The prompt"
-) -> None:
-    """Raise GenerationError unless `prompt` and `max_new_tokens` more fit the model."""
+) -> list[int]:
+    """The prompt as a list of int: GenerationError unless it and `max_new_tokens` more fit.
+
+    prompt: a sequence, a tensor or an array (S,) of integers.
+    """
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise GenerationError(
             f"max_new_tokens is {max_new_tokens!r}: nothing would be generated. Ask for an integer "
             "of 1 or more."
         )
-    if not prompt:
+    length = _length(prompt, f"{name} is", "Give a list of token ids")
+    if length == 0:
         raise GenerationError(
             f"{name} is empty: the first new token is predicted from a token before it. Give one "
             "token or more, such as the text's beginning."
         )
-    wrong = [t for t in prompt if type(t) is not int or not 0 <= t < cfg.vocab_size]
-    if wrong:
+    tokens = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    known = [_known(cfg, token) for token in tokens]
+    if None in known:
         raise GenerationError(
-            f"{name} holds {wrong[0]!r}, and this model knows the tokens 0 to "
+            f"{name} holds {tokens[known.index(None)]!r}, and this model knows the tokens 0 to "
             f"{cfg.vocab_size - 1}: any other has no row in its embedding. Encode the text with "
             "the tokenizer that lies beside the checkpoint."
         )
-    wanted, limit = len(prompt) + max_new_tokens, cfg.max_position_embeddings
+    wanted, limit = length + max_new_tokens, cfg.max_position_embeddings
     if wanted > limit:
         raise GenerationError(
-            f"{name} has {len(prompt)} tokens and {max_new_tokens} more are wanted, {wanted} in "
+            f"{name} has {length} tokens and {max_new_tokens} more are wanted, {wanted} in "
             f"all; this model has {limit} positions and was never trained beyond them. Shorten "
-            f"the prompt, or ask for {max(limit - len(prompt), 0)} tokens."
+            f"the prompt, or ask for {max(limit - length, 0)} tokens."
         )
+    return known
 
 
 def check_stop(cfg: ModelConfig, stop: Iterable[int]) -> frozenset[int]:
     """The tokens that end an answer. Raises GenerationError for one that can never come."""
-    stop = frozenset(stop)
-    wrong = [t for t in stop if type(t) is not int or not 0 <= t < cfg.vocab_size]
-    if wrong:
+    tokens = stop.tolist() if hasattr(stop, "tolist") else list(stop)
+    known = [_known(cfg, token) for token in tokens]
+    if None in known:
         raise GenerationError(
-            f"stop holds {wrong[0]!r}, and this model makes the tokens 0 to {cfg.vocab_size - 1}: "
-            "an answer would never end there. Give token ids; stop strings are the command's."
+            f"stop holds {tokens[known.index(None)]!r}, and this model makes the tokens 0 to "
+            f"{cfg.vocab_size - 1}: an answer would never end there. Give token ids; stop strings "
+            "are the command's."
         )
-    return stop
+    return frozenset(known)
 
 
 def check_speculation(cfg: ModelConfig, drafts: int) -> None:
@@ -111,3 +123,22 @@ class Answer:
         elif len(self.tokens) >= self.limit:
             self.reason = "length"
         return self.reason is None
+
+
+def _length(found: Sequence, what: str, remedy: str) -> int:
+    """len(found), also of a tensor or an array, whose truth would be one of its numbers'."""
+    try:
+        return len(found)
+    except TypeError:
+        raise GenerationError(
+            f"{what} {found!r}, which is no sequence: there is no order to read it in. {remedy}."
+        ) from None
+
+
+def _known(cfg: ModelConfig, token: object) -> int | None:
+    """The token as an int, NumPy's and a tensor's too; None where the model has none such."""
+    try:
+        number = operator.index(token)
+    except TypeError:
+        return None
+    return number if 0 <= number < cfg.vocab_size and not isinstance(token, bool) else None

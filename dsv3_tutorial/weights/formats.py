@@ -10,7 +10,6 @@ All are symmetric, without a zero point: weight = code * scale. A stack of matri
 the experts of a layer are, has its leading axes in front of every part.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +162,7 @@ def predicted_error(x: Tensor, scale: Tensor) -> Tensor:
     half a step of 0: its deviation is step / sqrt(12). k independent ones meet their inputs, and
     variances add: |x| step / sqrt(12).
     """
-    return x.norm(dim=-1, keepdim=True) * scale / math.sqrt(12)
+    return x.norm(dim=-1, keepdim=True) * scale / 12**0.5
 
 
 def check_format(fmt: str) -> None:

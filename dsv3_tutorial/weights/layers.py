@@ -66,6 +66,12 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         return _move(self, fn, super()._apply)
 
+    def __getstate__(self) -> dict:
+        """For a copy and for pickle: codes, and no product, which the next call makes anew."""
+        q = self.quantized
+        kept = {**self._buffers, "codes": q.codes, "scale": q.scale}
+        return {**self.__dict__, "product": None, "_buffers": kept}
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight

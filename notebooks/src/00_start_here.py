@@ -58,8 +58,8 @@ figures.memory_wall()
 # | area | the bottleneck | V3's answer | lesson |
 # |---|---|---|---|
 # | memory | a conversation's past fills the GPU | Multi-head Latent Attention | 1 |
-# | cost | training arithmetic | sparse experts; FP8 | 4, 2 (to come) |
-# | speed | reading weights and past for each token; the network | speculation; overlapped, placed communication | 5, 3 (to come) |
+# | cost | training arithmetic | sparse experts; FP8 | 4, 2 |
+# | speed | reading weights and past for each token; the network | speculation; overlapped, placed communication | 5, 3 |
 # | all of it | choosing | a planner from cluster and budget to model | 6 (to come) |
 
 # %% [markdown] id="machine"

@@ -521,7 +521,7 @@ progress()
 # %% [markdown] id="further"
 # ## Further
 #
-# Next on the path is lesson 5, inference (still to come). What follows here goes deeper: a real slow wire, five more exercises, a whole model split by heads, what data parallel ranks need not hold, networks larger than V3's, and what the authors ask of the next hardware.
+# Next on the path is lesson 5, inference. What follows here goes deeper: a real slow wire, five more exercises, a whole model split by heads, what data parallel ranks need not hold, networks larger than V3's, and what the authors ask of the next hardware.
 #
 # ### A wire that is really slow
 #

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dsv3_tutorial import paper
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.cost import bill, deployment, limits, memory, serving, storage
+from dsv3_tutorial.cost import bill, deployment, expert_network, limits, memory, serving, storage
 from dsv3_tutorial.cost.deployment import USABLE, Deployment
 from dsv3_tutorial.hardware import HardwareError, chip, chip_names
 
@@ -83,14 +83,43 @@ def test_the_network_is_the_papers_bound_with_the_models_own_numbers():
     assert replace(placed, devices=1, batch=64).times["network"] == 0
 
 
-def test_a_device_uses_its_scale_up_link_within_its_domain_only():
-    inside, across = (Deployment(V3, chip("h800"), n, batch=64 * n) for n in (8, 16))
-    copies = (7 / 8) / (15 / 16)
-    slower = inside.times["network"] / across.times["network"]
-    assert slower == pytest.approx(copies * 40 / 160)
-    rack = Deployment(V3, chip("gb200-nvl72"), 72, batch=64 * 72)
-    crossing = Deployment(V3, chip("h800"), 72, batch=64 * 72)
-    assert crossing.times["network"] / rack.times["network"] == pytest.approx(900 / 40)
+def _crossing(name, devices, **changed):
+    return Deployment(V3, chip(name), devices, batch=64 * devices, **changed).times["network"]
+
+
+def test_experts_in_the_domain_are_reached_by_scale_up_and_all_others_by_scale_out():
+    """The slower of the two counts: 8 of 16 experts at 40 GB/s, and not the 7 beside at 160."""
+    assert _crossing("h800", 8) / _crossing("h800", 16) == pytest.approx(
+        7 / 8 / 160 / (8 / 16 / 40)
+    )
+    assert _crossing("h800", 72) / _crossing("h800", 16) == pytest.approx(64 / 72 / (8 / 16))
+    rack = _crossing("h800", 72) / _crossing("gb200-nvl72", 72)
+    assert rack == pytest.approx(64 / 72 / 40 / (71 / 72 / 900))
+    assert _crossing("h800", 9) == pytest.approx(_crossing("h800", 9, bandwidth=160e9 * 8 / 7))
+    given = _crossing("h800", 16, bandwidth=40e9) / _crossing("h800", 16)
+    assert given == pytest.approx(15 / 8)  # then all that leaves a device takes that one link
+
+
+@given(st.integers(1, 300), st.sampled_from(["h800", "gb200-nvl72", "a100"]))
+def test_every_copy_stays_or_takes_one_link(devices, name):
+    found = expert_network.routes(chip(name), devices)
+    assert 1 / devices + sum(share for share, _ in found) == pytest.approx(1)
+    assert len(found) == (devices > 1) + (devices > chip(name).scale_up.domain)
+
+
+def test_the_fullest_device_reads_a_whole_expert_of_each_layer_or_its_share_of_more():
+    expert = sum(
+        storage.matrix_bytes(m, k, "fp8") for m, k in storage.matrices(V3)["routed experts"]
+    )
+    read = [Deployment(V3, chip("h800"), n, context=1).read_bytes for n in (4, 8, 72, 256)]
+    assert read[0] - read[1] == 58 * expert  # of 8 experts touched 2 a device, and 1
+    assert read[1] == read[2] == read[3]
+    full = Deployment(V3, chip("h800"), 64, context=1, batch=64 * 640)  # all 256 are touched
+    alone = replace(full, devices=1, batch=640)
+    assert alone.read_bytes - full.read_bytes == pytest.approx(58 * expert * (256 - 4), rel=1e-12)
+    parts = [replace(full, devices=n, batch=1, tensor_parallel=True).read_bytes for n in (1, 72)]
+    latent = full.sequence_bytes
+    assert parts[1] - latent == pytest.approx((parts[0] - latent) / 72)
 
 
 def test_the_bound_of_the_real_service_lies_above_what_its_users_see():

@@ -85,6 +85,16 @@ def test_one_step_is_a_whole_models_step_over_the_growing_text(shared, reread):
         assert results[i].tokens == reread(shared, text, 9)
 
 
+def test_a_request_s_prompt_may_be_a_tensor_and_is_refused_as_a_list_is(shared, reread):
+    server = Server(shared, 4, page_size=16)
+    number = server.submit(Request(torch.tensor([3, 1, 4]), 5))
+    assert server.run()[number].tokens == reread(shared, [3, 1, 4], 5)
+    for wrong in (torch.tensor([]), torch.tensor(3), torch.tensor([0.5]), 3):
+        with pytest.raises(GenerationError, match=r"The prompt (is|holds) "):
+            server.submit(Request(wrong, 5))
+    assert server.idle
+
+
 ARRIVALS = st.lists(
     st.tuples(
         st.integers(0, 12),  # the step before which it comes

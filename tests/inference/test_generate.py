@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -159,6 +160,15 @@ def test_a_request_that_cannot_be_served_is_refused_before_anything_is_read(mode
     model.forward = model.model.forward = None  # reading would fail
     with pytest.raises(GenerationError, match=said):
         generate(model, **({"prompts": [[1]], "max_new_tokens": 2} | wrong))
+
+
+@pytest.mark.parametrize("made", [torch.tensor, np.array], ids=["tensors", "arrays"])
+def test_prompts_and_stops_may_be_tensors_or_arrays(exact, made):
+    texts = [[3, 1, 4], [7]]
+    wanted = generate(exact, texts, 6)
+    assert generate(exact, [made(text) for text in texts], 6).sequences == wanted.sequences
+    ended = generate(exact, [made([3, 1, 4])], 6, stop=made(wanted.sequences[0][2:3]))
+    assert ended.sequences == [wanted.sequences[0][:2]] and ended.reasons == ["stop"]
 
 
 def test_a_model_without_an_mtp_module_cannot_speculate(plain_cfg):

@@ -1,14 +1,19 @@
 """A quantised model: in memory and from a folder the same numbers, small, and refused twice."""
 
 import copy
+import json
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from dsv3_tutorial import checkpoint
+from dsv3_tutorial.checkpoint_codes import CODED
 from dsv3_tutorial.checkpoint_files import CheckpointError
 from dsv3_tutorial.checkpoint_layout import is_fp8
-from dsv3_tutorial.config import ModelConfig
+from dsv3_tutorial.config import ModelConfig, QuantizationConfig
 from dsv3_tutorial.files import data_path
 from dsv3_tutorial.fp8.checks import QuantizationError
 from dsv3_tutorial.inference.quantize import (
@@ -26,6 +31,7 @@ from dsv3_tutorial.weights.formats import FORMATS, dequantize, quantize
 from dsv3_tutorial.weights.layers import QuantizedLinear
 
 TRAINED = data_path("checkpoints", "small")
+NAME = "model.safetensors"
 
 
 def sparse():
@@ -104,6 +110,19 @@ def test_decoding_with_a_cache_gives_the_same_logits_as_one_pass(trained, fmt):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+def test_company_moves_logits_by_less_than_the_weights_rounding_and_1e_5_without_such(trained, fmt):
+    """Inputs rounded to BF16 or INT8 amplify a last bit; products with none keep float32's."""
+    torch.manual_seed(2)
+    made, ids = quantized(trained, fmt), ids_for(trained, 3, 20)
+    together, alone = made(ids), torch.cat([made(text[None]) for text in ids])
+    assert (together - alone).norm() < (trained(ids) - alone).norm()
+    kinds = {m.product.name for m in made.modules() if getattr(m, "product", None)}
+    if kinds <= {"dequantized"}:
+        assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+    assert (kinds == {"dequantized"}) == (fmt in ("int8-tile", "fp8"))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 3, 50])
 def test_experts_are_the_rounded_experts_for_few_rows_and_many(fmt, tokens):
     experts = Experts(8, 32, 48)
@@ -178,6 +197,68 @@ def test_a_quantised_model_saves_as_the_plain_model_that_it_stands_for(model, tm
     back = DeepSeekV3.from_pretrained(tmp_path / "saved").state_dict()
     wanted = stands_for(model, "int4").state_dict()
     assert all(torch.equal(back[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_quantised_model_is_pickled_and_saved_whole_before_and_after_its_first_call(
+    model, tmp_path, fmt, called
+):
+    made, ids = quantized(model, fmt), ids_for(model, 2, 7)
+    wanted = quantized(model, fmt)(ids)
+    if called:
+        made(ids)
+    torch.save(made, tmp_path / "made.pt")
+    others = [torch.load(tmp_path / "made.pt", weights_only=False), copy.deepcopy(made)]
+    if fmt != "fp8":  # PyTorch itself cannot read a pickle of tensors in FP8
+        others.append(pickle.loads(pickle.dumps(made)))
+    for other in others:
+        assert not any(getattr(m, "product", None) for m in other.modules())
+        assert torch.equal(other(ids), wanted) and nbytes(other) == nbytes(made)
+    assert torch.equal(made(ids), wanted)
+
+
+def announce(folder, fmt):
+    """config.json says that the weights are codes; what is stored stays."""
+    cfg = replace(checkpoint.read_config(folder), quantization_config=QuantizationConfig.of(fmt))
+    (folder / "config.json").write_text(json.dumps(cfg.to_dict()))
+
+
+@pytest.mark.parametrize("fmt", CODED)
+def test_codes_that_are_announced_and_nowhere_stored_are_refused(model, plain, fmt):
+    announce(plain, fmt)
+    said = rf"announces weights in {fmt.upper()} .*hold plain ones \(F32\).*remove .*or fetch"
+    for read in (load, load_codes, DeepSeekV3.from_pretrained):
+        with pytest.raises(CheckpointError, match=said):
+            read(plain)
+    with pytest.raises(CheckpointError, match=said):
+        quantize_folder(plain, plain.with_name("out"), "int8")
+    assert not plain.with_name("out").exists()
+
+
+@pytest.mark.parametrize("fmt", CODED)
+def test_some_tensors_of_a_quantised_checkpoint_may_be_plain(model, plain, fmt):
+    out = plain.with_name("out")
+    quantize_folder(plain, out, fmt)
+    state, coded = load_file(plain / NAME), "model.layers.0.mlp.up_proj.weight"
+    codes = {k: t for k, t in load_file(out / NAME).items() if k.startswith(coded)}
+    wanted = dequantize(quantize(state.pop(coded), fmt))
+    save_file(state | codes, out / NAME, metadata={"format": "pt"})
+    back = DeepSeekV3.from_pretrained(out, torch.float32).state_dict()
+    assert torch.equal(back[coded], wanted)
+    assert all(torch.equal(back[name], t) for name, t in state.items() if name in back)
+
+
+def test_a_folder_that_holds_a_checkpoint_is_never_replaced(model, plain):
+    out = plain.with_name("out")
+    out.mkdir()
+    (out / "note.txt").write_text("mine")
+    quantize_folder(plain, out, "int8")  # a folder with a note alone is no checkpoint
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before["note.txt"] == b"mine"
+    with pytest.raises(CheckpointError, match=r"stands there already \(config.json, model.*new f"):
+        quantize_folder(plain, out, "int4")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_what_is_quantised_already_is_refused(model, plain):

@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 
 from dsv3_tutorial.inference.requests import (
     Answer,
@@ -27,6 +29,39 @@ def test_what_may_still_be_asked_for_is_said(cfg):
 def test_a_token_that_the_model_does_not_know_is_refused_by_name(cfg, token):
     with pytest.raises(GenerationError, match=r"Prompt 1 holds .*tokens 0 to 47"):
         check_prompts(cfg, [[0, 47], [5, token]], 1)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [torch.tensor, np.array, tuple, lambda t: torch.tensor(t, dtype=torch.uint8), np.int32],
+    ids=["tensor", "array", "tuple", "bytes", "int32"],
+)
+def test_integers_of_any_kind_are_taken_as_lists_of_int(cfg, made):
+    for texts in ([[5], [3, 1, 4]], [[0, 47]]):
+        found = check_prompts(cfg, [made(text) for text in texts], 2)
+        assert found == texts and all(type(token) is int for text in found for token in text)
+    assert check_prompts(cfg, made([[1, 2], [3, 4]]), 2) == [[1, 2], [3, 4]]
+    assert check_prompt(cfg, [made([7])[0]], 1) == [7]  # a number of its own kind in a list
+    assert check_stop(cfg, made([7, 7])) == {7}
+
+
+NO_TOKENS = {
+    "Prompt 0 is 5, which is no sequence": [5],
+    "Prompt 0 is tensor": [torch.tensor(5)],
+    "Prompt 0 is empty": [torch.tensor([], dtype=torch.int64)],
+    "Prompt 0 holds 1.0": [torch.tensor([1.0, 2.0])],
+    "Prompt 0 holds True": [np.array([True])],
+    r"Prompt 0 holds \[1, 2\]": [torch.tensor([[1, 2]])],
+    "Prompt 0 holds 48": [np.array([48])],
+    "The prompts are 5, which": 5,
+    "There is no prompt": np.zeros((0, 3), dtype=int),
+}
+
+
+@pytest.mark.parametrize("told", NO_TOKENS)
+def test_what_is_no_sequence_of_tokens_is_refused_in_three_parts(cfg, told):
+    with pytest.raises(GenerationError, match=rf"{told}.*: .*\. (Give|Encode) "):
+        check_prompts(cfg, NO_TOKENS[told], 1)
 
 
 def test_no_prompts_an_empty_prompt_and_nothing_wanted_are_refused(cfg):

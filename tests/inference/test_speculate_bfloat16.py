@@ -1,10 +1,11 @@
-"""In BF16 passes over one token and over several may round otherwise: then like logits may swap."""
+"""Passes over one token and over several may round otherwise: then like logits swap, no more."""
 
 import pytest
 import torch
 
 from dsv3_tutorial.inference import speculate
 from dsv3_tutorial.inference.generate import generate
+from dsv3_tutorial.inference.quantize import quantized
 from dsv3_tutorial.model import DeepSeekV3
 
 
@@ -24,7 +25,8 @@ def first_margin(model, prompt, count):
     return (margin / (torch.finfo(torch.bfloat16).eps * logits.abs().max())).item()
 
 
-def test_in_bfloat16_the_first_difference_is_a_near_tie(cfg):
+@pytest.mark.parametrize("fmt", [None, "int8", "int4"], ids=["plain", "int8", "int4"])
+def test_in_bfloat16_the_first_difference_is_a_near_tie(cfg, fmt):
     """Where a pass over several tokens rounds otherwise than one token's, like logits may swap.
 
     A CPU rounds them alike, so the other rounding is put in: a last bit, at random. The head has
@@ -35,6 +37,7 @@ def test_in_bfloat16_the_first_difference_is_a_near_tie(cfg):
     half = model.lm_head.weight[:24]
     model.lm_head.weight[24:] = half + 4e-3 * torch.randn_like(half)
     model.bfloat16()
+    model = quantized(model, fmt) if fmt else model
     eps = torch.finfo(torch.bfloat16).eps
 
     def other_rounding(module, inputs, out):
@@ -46,6 +49,18 @@ def test_in_bfloat16_the_first_difference_is_a_near_tie(cfg):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculate, "accept_greedy", lambda drafted, best: (len(drafted), best[-1]))
         assert first_margin(model, [1, 2, 7], 30) > 20
+
+
+def test_in_int8_the_first_difference_is_a_near_tie(trained, monkeypatch):
+    """The trained model in float32, its products' inputs in BF16: a last bit may tip one of them.
+
+    Where this was written one of 40 such texts differs, the one that begins with 326.
+    """
+    model = quantized(trained, "int8")
+    margins = [first_margin(model, [first, 377, 7, 278], 30) for first in (300, 310, 322, 326)]
+    assert max(margins) <= 4
+    monkeypatch.setattr(speculate, "accept_greedy", lambda drafted, best: (len(drafted), best[-1]))
+    assert first_margin(model, [300, 377, 7, 278], 30) > 10
 
 
 @pytest.mark.gpu
