@@ -187,7 +187,7 @@ service_roofline.prefill_and_decode()
 service_roofline.live(seconds=live_seconds() / 4)
 
 # %% [markdown] id="quantise-text"
-# Prefill is many times faster here too, but for another reason. Our model's step reads some 14 MB, about a millisecond's worth. The rest are hundreds of small operators, started one by one, and in prefill all tokens share them. *What* a machine waits for decides what helps.
+# Prefill is many times faster here too, but for another reason. Our step reads far below a memory's rate (lesson 0): time goes into many small operators, which in prefill all tokens share. *What* a machine waits for decides what helps.
 #
 # ## 2 · Fewer bytes for a weight
 #

@@ -232,11 +232,12 @@ def test_no_point_lies_above_its_roof_and_decode_lies_on_the_slope(chip):
 
 def test_the_live_cell_prints_both_rates_and_their_ratio(capsys):
     service_roofline.live(seconds=0.0)
-    first, second, last = capsys.readouterr().out.splitlines()
+    first, second, last, read = capsys.readouterr().out.splitlines()
     fast, slow = (float(row.split()[-2].replace(",", "")) for row in (first, second))
     assert fast > slow > 0 and first.startswith("prefill, 256 tokens at once")
     ratio = float(re.search(r"is ([\d.]+) times as fast \(median of 1 rounds", last)[1])
     assert ratio == pytest.approx(fast / slow, rel=0.1)
+    assert re.fullmatch(r"a decode step reads 15\.2 MB, [\d.]+ GB in a second", read)
 
 
 @pytest.mark.parametrize("changed", [{}, SERVED, {"device": "h20", "devices": 16, "drafts": 1}])

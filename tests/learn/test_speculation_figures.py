@@ -47,19 +47,6 @@ def test_who_made_each_token_adds_up_to_what_generate_counts(trained, drafts, sa
     assert not model.model._forward_pre_hooks
 
 
-def test_turns_that_a_loop_counted_say_the_same_of_a_greedy_run(trained):
-    model, vocabulary = trained
-    made = guessed.run(model, vocabulary.encode(PROMPT), 40, drafts=1)
-    turns = []
-    for one in made:
-        turns += [] if one.drafted else [0]
-        turns[-1] += one.drafted
-    told = guessed.of_turns([one.token for one in made], turns)
-    assert told == [Made(one.token, one.drafted) for one in made]
-    with pytest.raises(ValueError, match="3 tokens cannot come of turns that gave 2"):
-        guessed.of_turns([1, 2, 3], [1])
-
-
 def test_a_watch_that_is_told_to_stop_stops(trained):
     model, vocabulary = trained
     with guessed.Watch(model, lambda one: True) as watch:

@@ -89,20 +89,6 @@ def run(
     return watch.made
 
 
-def of_turns(tokens: Sequence[int], turns: Iterable[int]) -> list[Made]:
-    """The same of a loop that counts: in each turn a token of the model's, and `kept` drafts.
-
-    Which drafts were refused nobody wrote down. Raises ValueError where there are more tokens.
-    """
-    drafted = [flag for kept in turns for flag in (False, *[True] * kept)]
-    if len(drafted) < len(tokens):
-        raise ValueError(
-            f"{len(tokens)} tokens cannot come of turns that gave {len(drafted)}: nobody knows who "
-            "made the others. Give the turns of the whole run."
-        )
-    return [Made(token, flag) for token, flag in zip(tokens, drafted, strict=False)]
-
-
 class Pieces:
     """A text as it grows, in pieces (text, who): letters are whole, as `Vocabulary.stream` has it.
 

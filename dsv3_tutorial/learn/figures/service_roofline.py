@@ -110,6 +110,9 @@ def live(seconds: float = 10.0) -> None:
     print(f"decode, one token a step    {slow:>10,.0f} tokens/s")
     what = f"median of {len(rounds)} rounds, {torch.get_num_threads()} threads, float32"
     print(f"prefill is {fast / slow:.1f} times as fast ({what})")
+    lines = bill.decode_bill(model.cfg, len(prompt) + 1, weights="float32", cache="float32")
+    size = bill.total(lines).bytes
+    print(f"a decode step reads {size / 1e6:.1f} MB, {size / step / 1e9:.1f} GB in a second")
 
 
 @torch.inference_mode()
