@@ -24,6 +24,8 @@ BENCHES = {
     "network": "dsv3_tutorial.bench.network",
     "inference": "dsv3_tutorial.bench.inference",
     "quality": "dsv3_tutorial.bench.quality",
+    "codesign": "dsv3_tutorial.bench.codesign",
+    "stalls": "dsv3_tutorial.bench.stalls",
 }
 
 
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     options, options.rest = parser.parse_known_args(argv)
-    own = options.run in (_train, _generate, _quantize)  # commands that have their own options
+    own = options.run in (_train, _generate, _quantize, _plan, _paper)  # have their own options
     takes_more = own or (options.run is _bench and len(options.names) == 1)
     if options.rest and not takes_more:
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
@@ -86,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train a model on real text"),
         ("generate", _generate, "continue a text with a trained model"),
         ("quantize", _quantize, "write a checkpoint in FP8, INT8 or INT4, and say what it costs"),
+        ("plan", _plan, "what a model costs to train on a cluster, and what it then serves"),
+        ("paper", _paper, "every number that the papers print, beside ours"),
     ):
         commands.add_parser(name, add_help=False, help=about).set_defaults(run=run)
 
@@ -142,6 +146,18 @@ def _quantize(options: argparse.Namespace) -> int:
     from dsv3_tutorial.bench import quantize_report
 
     return quantize_report.main(options.rest)  # its own options
+
+
+def _paper(options: argparse.Namespace) -> int:
+    from dsv3_tutorial.bench import paper
+
+    return paper.main(options.rest)  # its own options
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dsv3_tutorial.cost import plan_command
+
+    return plan_command.main(options.rest)  # its own options
 
 
 def _probe(options: argparse.Namespace) -> int:

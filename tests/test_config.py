@@ -13,7 +13,7 @@ from dsv3_tutorial.cost import params
 
 PRESETS = {
     *("deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "moonlight-16b-a3b"),
-    *("qwen2.5-72b", "llama-3.1-405b", "tiny", "small"),
+    *("qwen2.5-72b", "llama-3.1-405b", "deepseek-67b", "tiny", "small"),
 }
 V3 = ModelConfig.named("deepseek-v3").to_dict()
 LLAMA = ModelConfig.named("llama-3.1-405b").to_dict()
@@ -217,7 +217,7 @@ def test_a_file_that_holds_no_config_is_refused(tmp_path, text, told):
 def test_a_missing_file_and_an_unknown_preset_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no file 'nowhere\.json'"):
         ModelConfig.from_json(tmp_path / "nowhere.json")
-    with pytest.raises(ConfigError, match="no preset 'v4'; there are deepseek-v2"):
+    with pytest.raises(ConfigError, match="no preset 'v4'; there are deepseek-67b, deepseek-v2"):
         ModelConfig.named("v4")
 
 

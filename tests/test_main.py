@@ -44,7 +44,7 @@ def test_help_is_quick_because_it_loads_neither_torch_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = "doctor", "bench", "train", "generate", "quantize", "grade"
+    commands = "doctor", "bench", "train", "generate", "quantize", "plan", "paper", "grade"
     assert all(command in done.stdout for command in commands)
 
 
@@ -62,6 +62,8 @@ def test_wrong_usage_shows_the_usage_and_exits_2(argv, capsys):
         ("train", "train.run"),
         ("generate", "inference.command"),
         ("quantize", "bench.quantize_report"),
+        ("plan", "cost.plan_command"),
+        ("paper", "bench.paper"),
     ],
 )
 def test_a_command_is_handed_its_own_options_as_they_are(command, module, monkeypatch):

@@ -1,5 +1,7 @@
 """What the papers print against what our code computes, their misprints included."""
 
+import json
+
 import pytest
 
 from dsv3_tutorial import paper
@@ -109,3 +111,18 @@ def test_an_unknown_row_or_table_is_answered_with_what_there_is():
         paper.row("x")
     with pytest.raises(KeyError, match=r"no table 'x'.*kv_cache, limits, memory_wall"):
         paper.rows("x")
+
+
+def test_a_row_without_a_reason_is_read_as_one_that_is_computed(tmp_path, monkeypatch):
+    entry = {"id": "x.y", "value": 1, "unit": "s", "paper": "p", "where": "w", "note": ""}
+    entry |= {"confidence": "read"}
+    (tmp_path / "made_up.json").write_text(json.dumps([entry, entry | {"quoted": "a choice"}]))
+    monkeypatch.setattr(paper, "data_path", lambda folder, *name: tmp_path.joinpath(*name))
+    assert [row.quoted for row in paper.rows("made_up")] == ["", "a choice"]
+    (tmp_path / "longer.json").write_text(json.dumps([entry | {"reason": ""}]))
+    with pytest.raises(ValueError, match=r"longer\.json: a row has the fields"):
+        paper.rows("longer")
+
+
+def test_all_rows_are_those_of_all_tables():
+    assert len(paper.all_rows()) == sum(len(paper.rows(table)) for table in paper.tables()) >= 440

@@ -91,17 +91,17 @@ class Pairs:
         )
 
 
-def paired(found: Iterable[Receipt]) -> dict[str, Pairs]:
-    """Each variant against BF16, seed by seed: only runs of equal length on one device are paired.
+def paired(found: Iterable[Receipt], base: str = BASE) -> dict[str, Pairs]:
+    """Each variant against `base`, seed by seed: only runs of one length and device are paired.
 
     Takes receipts as `receipts.latest("precision")` gives them.
     """
     by_run = {(_pair_key(r), r.shapes["variant"]): r for r in found}
     pairs: dict[str, dict[int, float]] = {}
     for (key, variant), receipt in by_run.items():
-        base = by_run.get((key, BASE))
-        if base is not None and variant != BASE:
-            difference = receipt.value / base.value - 1
+        own = by_run.get((key, base))
+        if own is not None and variant != base:
+            difference = receipt.value / own.value - 1
             pairs.setdefault(variant, {})[receipt.shapes["seed"]] = difference
     return {name: Pairs(name, [*each], [*each.values()]) for name, each in pairs.items()}
 

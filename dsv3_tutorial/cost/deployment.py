@@ -12,6 +12,7 @@ from functools import cached_property
 
 from dsv3_tutorial.config import ModelConfig
 from dsv3_tutorial.cost import bill, expert_network, storage
+from dsv3_tutorial.cost.expert_network import FLAT, Exchange
 from dsv3_tutorial.cost.serving import experts_touched
 from dsv3_tutorial.hardware import Chip, HardwareError
 
@@ -26,8 +27,9 @@ class Deployment:
     weights, cache: out of storage.WEIGHTS and CACHES. mtp: the draft modules are held too, which
     they must be to draft. bandwidth: bytes/s, in one direction, of all that leaves a device. None:
     the chip's own links, scale-up for experts in its domain and scale-out for the others, at once,
-    at the effective rate where one is known and at the peak elsewhere. Seconds and bytes; raises
-    ValueError for what cannot be, HardwareError where the chip lacks a number.
+    at the effective rate where one is known and at the peak elsewhere. exchange: how tokens reach
+    experts. Seconds and bytes; raises ValueError for what cannot be, HardwareError where the chip
+    lacks a number.
     """
 
     cfg: ModelConfig
@@ -41,6 +43,7 @@ class Deployment:
     mtp: bool = False
     bandwidth: float | None = None
     tensor_parallel: bool = False
+    exchange: Exchange = FLAT
 
     def __post_init__(self) -> None:
         if self.devices < 1:
@@ -160,6 +163,8 @@ class Deployment:
             kept = line.part in ("output head", "gate") or line.part.endswith("cache")
             even = self.cut or line.part == "routed experts"
             share = self._expert_share if even else self.cache_share
+            if line.part == "routed experts" and not self.cut:
+                share *= self.exchange.load
             seconds += share * line.flops / self.chip.rate(wide if kept else narrow)
         return seconds
 
@@ -168,7 +173,8 @@ class Deployment:
         if self.cut:
             return 0.0
         tokens = self.batch * self.cache_share * self.queries
-        return expert_network.step_s(self.cfg, self.chip, self.devices, tokens, self.bandwidth)
+        way = (self.devices, tokens, self.bandwidth, self.exchange)
+        return expert_network.step_s(self.cfg, self.chip, *way)
 
     def with_batch(self, batch: int) -> "Deployment":
         """The same with another batch."""

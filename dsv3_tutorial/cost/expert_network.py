@@ -1,37 +1,95 @@
 """How long a step's tokens travel to experts on other devices and back: over which links, how many.
 
-A token is copied once to each of its experts. Two of them in one node could share a copy over the
-slow link, as DeepSeek's own dispatch does: that saving is *not* counted here.
+Unless another `Exchange` is asked for, a token is copied once to each of its experts, as in
+DeepSeek's own decoding (report, section 3.4.2): two of them in one node share no copy.
 """
 
+import math
+from dataclasses import dataclass
+
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.cost import limits, storage
+from dsv3_tutorial.cost import comm_moe, limits, storage
 from dsv3_tutorial.cost.comm_moe import BF16, FP8
+from dsv3_tutorial.cost.tiers import Network, Tier
 from dsv3_tutorial.hardware import Chip, HardwareError, Link
+
+_FREE = Tier("of no interest where copies are counted", 0.0, math.inf)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How tokens travel: one of comm_moe.SCHEMES, bytes a number, the busiest device's load.
+
+    load: over the mean, 1.0 where experts are chosen evenly. It multiplies what the busiest device
+    receives and what its own experts compute; all wait for it.
+    """
+
+    scheme: str = "flat"
+    dispatch: float = FP8
+    combine: float = BF16
+    load: float = 1.0
+
+
+FLAT = Exchange()
 
 
 def step_s(
-    cfg: ModelConfig, chip: Chip, devices: int, tokens: float, bandwidth: float | None = None
+    cfg: ModelConfig,
+    chip: Chip,
+    devices: int,
+    tokens: float,
+    bandwidth: float | None = None,
+    exchange: Exchange = FLAT,
 ) -> float:
-    """Seconds of a step in which each of `devices` sends `tokens`: the slower link's, by `routes`.
+    """Seconds of a step in which each of `devices` sends `tokens`: the slower link's.
 
-    `limits.Decode` with the model's own sizes: FP8 out, BF16 back, two micro-batches take turns.
+    `limits.Decode` with the model's own sizes; two micro-batches take turns.
     """
     return max(
         (
             limits.Decode(
                 bandwidth=rate,
                 tokens=tokens / 2,  # of one micro-batch
-                copies=cfg.num_experts_per_tok * share,
+                copies=copies * exchange.load,
                 hidden=cfg.hidden_size,
                 layers=storage.moe_layers(cfg),
-                dispatch=FP8,
-                combine=BF16,
+                dispatch=exchange.dispatch,
+                combine=exchange.combine,
             ).per_token
-            for share, rate in routes(chip, devices, bandwidth)
+            for copies, rate in copies_by_link(cfg, chip, devices, bandwidth, exchange.scheme)
         ),
         default=0.0,
     )
+
+
+def copies_by_link(
+    cfg: ModelConfig,
+    chip: Chip,
+    devices: int,
+    bandwidth: float | None = None,
+    scheme: str = "flat",
+) -> list[tuple[float, float]]:
+    """For each link that is used: copies of a token, and bytes/s.
+
+    flat: by `routes`. The other schemes: `comm_moe.copies` on nodes of the chip's domain, under the
+    model's own limit of groups. Raises ValueError for devices that fill no whole nodes.
+    """
+    ways = routes(chip, devices, bandwidth)
+    if scheme == "flat" or not ways:
+        return [(cfg.num_experts_per_tok * share, rate) for share, rate in ways]
+    if cfg.n_routed_experts % devices:
+        raise ValueError(
+            f"{cfg.n_routed_experts} experts on {devices} devices: who shares a copy cannot be "
+            "counted where they do not divide. Take the scheme 'flat', or devices that divide them."
+        )
+    limit = (cfg.topk_group, cfg.n_group) if cfg.n_group and cfg.n_group > 1 else (None, None)
+    routed = (cfg.n_routed_experts, cfg.num_experts_per_tok, cfg.hidden_size)
+    nodes = Network(_FREE, _FREE, min(devices, chip.scale_up.domain or 1))
+    sent = comm_moe.copies(comm_moe.Layer(*routed, *limit), devices, nodes, scheme)
+    if bandwidth is not None:
+        return [(sum(sent.values()), bandwidth)]
+    used = [copies for copies in sent.values() if copies]  # inside, across: as routes has them
+    return [(copies, rate) for copies, (_, rate) in zip(used, ways, strict=True)]
 
 
 def routes(chip: Chip, devices: int, bandwidth: float | None = None) -> list[tuple[float, float]]:

@@ -112,11 +112,16 @@ def activation_bytes_per_token(
     FlashAttention. recompute drops what V3 computes again (report, section 3.2.3 and 3.3.3): the
     norms' outputs, MLA's up-projections and SwiGLU's output.
     """
-    layers = range(cfg.num_hidden_layers)
-    attention = _attention_activations(cfg, recompute)
-    ffn = sum(_ffn_activations(cfg, cfg.is_moe_layer(layer), recompute) for layer in layers)
+    layers = (cfg.is_moe_layer(layer) for layer in range(cfg.num_hidden_layers))
+    return sum(layer_activations(cfg, moe, recompute) for moe in layers) * bytes_per_element
+
+
+def layer_activations(cfg: ModelConfig, moe: bool, recompute: bool = True) -> int:
+    """Numbers that one layer keeps of a token for its backward."""
     residuals = 2 * cfg.hidden_size  # the stream before attention and before the FFN
-    return (len(layers) * (attention + residuals) + ffn) * bytes_per_element
+    return (
+        _attention_activations(cfg, recompute) + residuals + _ffn_activations(cfg, moe, recompute)
+    )
 
 
 def _attention_activations(cfg: ModelConfig, recompute: bool) -> int:

@@ -57,6 +57,20 @@ def held(cfg: ModelConfig, split: Split, per_parameter: TrainingBytes | None = N
     )
 
 
+def state_bytes(dense: float, routed: float, pp: int, ep: int, dp: int, copies: int = 1) -> float:
+    """Bytes of a GPU's BF16 weights, float32 gradients and share of the optimizer, under ZeRO-1.
+
+    dense, routed: the model's numbers, cut evenly into pp stages, the routed ones over ep GPUs too.
+    A GPU holds `copies` stages, weights (2 bytes a number) and gradients (4); the optimizer (8) of
+    a stage is dealt out over all that hold the same: copies x dp, for experts copies x dp / ep.
+    """
+    total = 0.0
+    for numbers, holders in ((dense / pp, copies * dp), (routed / pp / ep, copies * dp / ep)):
+        held = copies * numbers
+        total += held * (2 + 4) + held * 8 / holders
+    return total
+
+
 def shares(cfg: ModelConfig, split: Split) -> list[tuple[float, int]]:
     """(numbers of a GPU's stage, GPUs that hold the same) of all but the routed experts, and these.
 

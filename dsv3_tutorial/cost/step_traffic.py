@@ -155,21 +155,31 @@ def stages(cfg: ModelConfig, network: Network, split: Split) -> dict[str, float]
     return _tier(split.gpus <= network.ranks_per_node, 2 * size * (split.pp > 1))
 
 
-def gradients(cfg: ModelConfig, network: Network, split: Split) -> dict[str, float]:
+def gradients(
+    cfg: ModelConfig,
+    network: Network,
+    split: Split,
+    numbers: tuple[float, float] | None = None,
+) -> dict[str, float]:
     """Data parallelism with ZeRO-1: float32 gradients summed by parts, BF16 weights gathered.
 
     Inside the nodes first, so that only 1 / g crosses. Experts have dp x tp / ep replicas, the rest
     dp; in DualPipe twice as many hold a stage, and each holds two. The second holder of a stage is
-    in another node unless one node holds all.
+    in another node unless one node holds all. numbers: a stage's on one GPU, routed experts apart,
+    where stages are not equally large.
     """
-    counted, g = params.count(cfg), network.ranks_per_node
-    routed = counted.by_part["routed_experts"]
+    g = network.ranks_per_node
+    if numbers is None:
+        counted = params.count(cfg)
+        routed = counted.by_part["routed_experts"]
+        rest = counted.total - routed
+        numbers = rest / split.pp / split.tp, routed / split.pp / split.ep
     sent = {"inside": 0.0, "across": 0.0}
-    for numbers, replicas, near in (
-        ((counted.total - routed) / split.pp / split.tp, split.dp, max(1, g // split.tp)),
-        (routed / split.pp / split.ep, split.dp * split.tp // split.ep, max(1, g // split.ep)),
+    for held, replicas, near in (
+        (numbers[0], split.dp, max(1, g // split.tp)),
+        (numbers[1], split.dp * split.tp // split.ep, max(1, g // split.ep)),
     ):
-        size = split.stages_held * numbers * (WEIGHT + GRADIENT)
+        size = split.stages_held * held * (WEIGHT + GRADIENT)
         holders = split.stages_held * replicas
         near = holders if split.gpus <= g else math.gcd(near, replicas)
         sent["inside"] += size * (near - 1) / near

@@ -29,7 +29,8 @@ def held_out(
 
     Over `evaluate_windows` windows, spread evenly over the held-out text: the same ones each time.
     Every rank reads all of them; where `pipe` joins stages, `model` is this rank's. An MTP head
-    answers for one symbol further, so it is never better.
+    knows the symbol before the one it answers for, as the main head does, and stands on one block
+    more: it can be the better of the two. The first symbol of a window is the main head's alone.
     """
     data, at_once = corpus.held_out, min(AT_ONCE, recipe.evaluate_windows)
     count = math.ceil(recipe.evaluate_windows / at_once)

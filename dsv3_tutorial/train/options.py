@@ -43,12 +43,8 @@ class Plan:
         return None if self.text == STDLIB else Path(self.text)
 
     def to_dict(self) -> dict[str, Any]:
-        values = {
-            "config_name": self.config_name,
-            "config": self.config.to_dict(),
-            "text": self.text,
-            "recipe": self.recipe.to_dict(),
-        }
+        values = {"config_name": self.config_name, "config": self.config.to_dict()}
+        values |= {"text": self.text, "recipe": self.recipe.to_dict()}
         return values | ({"layout": layouts.to_dict(self.layout)} if self.laid_out else {})
 
 
@@ -62,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     for flag, kind, about in (*OPTIONS, *layouts.OPTIONS):
         made.add_argument(f"--{flag.replace('_', '-')}", type=_lenient(kind), help=about)
     made.add_argument("--recompute", action="store_true", default=None, help=RECOMPUTE)
+    made.add_argument("--prefetch", type=int, default=0, metavar="N", help=PREFETCH)
     made.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     made.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     made.add_argument("--csv", action="store_true", help="log.csv beside log.jsonl")
@@ -80,6 +77,7 @@ PRECISION = (
     "and experts' products in FP8, a scale for 1x128 values and 128x128 weights); fp8-tensor (the "
     "same, one scale a tensor)"
 )
+PREFETCH = "batches drawn ahead by a thread while a step computes (0); the same run, to the bit"
 SAVE_DTYPES = ("float32", "bf16")
 OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("steps", int, f"optimizer steps ({STEPS})"),
@@ -225,6 +223,8 @@ def _config(name: str, problems: list[str]) -> ModelConfig | None:
 def _machine_problems(options: argparse.Namespace) -> Iterator[str]:
     if options.threads is not None and options.threads < 1:
         yield f"threads = {options.threads}: it must be 1 or more"
+    if options.prefetch < 0:
+        yield f"prefetch = {options.prefetch}: it must be 0 or more"
     try:
         kind = torch.device(options.device or "cpu").type
     except RuntimeError:

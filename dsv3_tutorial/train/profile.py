@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ class Phases:
         with record_function(name):
             yield
         self.seconds[name] += self._now() - began
+
+    def behind(self, name: str) -> AbstractContextManager:
+        """What another thread does meanwhile: no phase of the step; `trace.Timeline` keeps it."""
+        return nullcontext()
+
+    def follow(self, name: str, future: Future) -> None:
+        """The same, of what is under way and will end when `future` does."""
 
     def _now(self) -> float:
         if self.exact:

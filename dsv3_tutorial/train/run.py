@@ -27,10 +27,12 @@ from dsv3_tutorial.train.layout import job
 from dsv3_tutorial.train.log import Log
 from dsv3_tutorial.train.options import CHANGEABLE, Plan, parser, plan
 from dsv3_tutorial.train.precision import take_weights
+from dsv3_tutorial.train.prefetch import drawn_ahead
 from dsv3_tutorial.train.profile import Phases, Trace
 from dsv3_tutorial.train.sealed import RunLock
 from dsv3_tutorial.train.state import Checkpoints
 from dsv3_tutorial.train.step import TrainingState, Update, train_step
+from dsv3_tutorial.train.trace import Timeline, stall_report, write_trace
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,8 +61,9 @@ def train(planned: Plan, options: argparse.Namespace, ranks: Ranks) -> None:
             take_weights(state.worker, state.model)
         if ranks.first:
             _write_plan(planned, text)
-        run = Run(planned, ranks, text, state, saved, Phases(options.profile))
-        run.go(options)
+        phases = Timeline(exact=True) if options.profile else Phases()
+        with drawn_ahead(state, options.prefetch, phases.behind):
+            Run(planned, ranks, text, state, saved, phases).go(options)
         _save_model(planned, state, ranks, options.save_dtype)
 
 
@@ -95,6 +98,9 @@ class Run:
         if options.profile and self.state.step > first:
             wall = time.perf_counter() - began
             _say(self.ranks, self.phases.table(wall, self.state.step - first))
+            _say(self.ranks, str(stall_report(self.phases.spans)))
+            if self.ranks.first:
+                write_trace(self.phases.spans, self.planned.out / "profile/spans.json")
 
     def step(self) -> dict[str, Any]:
         """One update, and the held-out loss where it is due. Returns its log row."""
@@ -141,6 +147,8 @@ class Run:
             )
         with self.phases("checkpoint"):
             self.saved.save(self.state)
+        if self.saved.pending is not None:
+            self.phases.follow("checkpoint", self.saved.pending[1])
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.state.recipe.steps

@@ -53,9 +53,10 @@ class Checkpoints:
         free: Iterable[str] = (),
         identity: Mapping[str, Any] | None = None,
         report: Callable[[str], None] | None = None,
+        writer: type[Writer] = Writer,
     ):
         self.folder, self.keep, self.free = folder, keep, frozenset(free)
-        self.identity = dict(identity or {})
+        self.identity, self.writer = dict(identity or {}), writer
         self.report = report or (lambda line: tqdm.write(line, file=sys.stderr))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # a group of its own: the writer's messages must not meet the training's
@@ -88,7 +89,7 @@ class Checkpoints:
             },
         }
         temporary = sealed.writing_folder(self.folder, state.step)
-        writer = Writer(temporary, final, facts, self.keep)
+        writer = self.writer(temporary, final, facts, self.keep)
         _silence_single_process()
         tensors = tensor_state(state, self.rank)
         future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)

@@ -22,6 +22,7 @@ from dsv3_tutorial.train.fault import report
 from dsv3_tutorial.train.moments import Bf16Moments
 from dsv3_tutorial.train.optimizer import groups
 from dsv3_tutorial.train.precision import give_gradients, take_weights
+from dsv3_tutorial.train.prefetch import Prefetch
 from dsv3_tutorial.train.recipe import BETAS, CLIP, Recipe
 
 Phases = Callable[[str], AbstractContextManager]
@@ -56,7 +57,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    sampler: Sampler
+    sampler: Sampler | Prefetch
     recipe: Recipe
     step: int = 0
     worker: nn.Module | None = None

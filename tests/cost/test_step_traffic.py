@@ -170,3 +170,14 @@ def test_gradients_are_gathered_and_scattered_at_what_a_ring_sends_in_all():
 def test_a_layout_that_cannot_be_is_refused_with_all_that_is_wrong(layout, said):
     with pytest.raises(NetworkError, match=said):
         Split(**layout)
+
+
+def test_the_gradients_of_given_numbers_are_those_of_equal_stages_where_these_are_given():
+    counted = params.count(V3)
+    routed = counted.by_part["routed_experts"]
+    given_numbers = ((counted.total - routed) / 16, routed / 16 / 64)
+    network, split = tiers.network("h800"), Split()
+    assert gradients(V3, network, split, given_numbers) == gradients(V3, network, split)
+    twice = gradients(V3, network, split, (2 * given_numbers[0], 2 * given_numbers[1]))
+    for tier, sent in gradients(V3, network, split).items():
+        assert twice[tier] == pytest.approx(2 * sent)
