@@ -115,6 +115,7 @@ def prove(environment: Environment, options: argparse.Namespace) -> int:
     # A thread watches for hangs: the signal's timer belongs to the exercises' own time limit.
     timing = ["--durations=15", "--durations-min=2", "--timeout=900", "--timeout-method=thread"]
     halves = ["-n", "2", "--dist", "loadfile"]  # a file's fixtures and ranks stay in one process
+    halves += ["--no-loadscope-reorder"]  # tests/conftest.py sorts the files: the longest first
     return run(environment, "-m", "pytest", "-q", *halves, *timing, *arguments, **TEST_VARIABLES)
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 _HOME = tempfile.TemporaryDirectory(prefix="dsv3_tutorial_tests_")
@@ -41,7 +42,20 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     load_module("triton_interpreter").install()
 
 
+def longest_first(items):
+    """Sort the files for several processes: the notebooks' proofs, then those with most tests.
+
+    A file stays in one process, so the run is as long as what is left when the others have ended:
+    the proofs, minutes in a few tests each, may not begin last.
+    """
+    tests = Counter(item.path for item in items)
+    proofs = {item.path for item in items if item.get_closest_marker("notebooks")}
+    items.sort(key=lambda item: (item.path not in proofs, -tests[item.path]))
+
+
 def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        longest_first(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")

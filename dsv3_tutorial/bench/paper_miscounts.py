@@ -152,7 +152,9 @@ def _speed() -> list[Inconsistency]:
             "one expert a device, in a rack of 72",
             "ISCA, section 2.3.2",
             "0.82 ms, 1200 tokens/s",
-            f"{experts} devices would be needed; 72 hold {experts / 72:.1f} experts each",
+            f"72 hold {experts / 72:.1f} of {experts} experts each: {rack.tokens} tokens a device "
+            f"still give 0.82 ms, but experts as busy as with one a device ask for "
+            f"{experts / 72:.1f} times the tokens",
             f"{rack.per_token * 1e3:.1f} ms, {rack.tokens_per_second:.0f} tokens/s",
         ),
     ]

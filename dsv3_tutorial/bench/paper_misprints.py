@@ -5,7 +5,7 @@ from dsv3_tutorial.bench.paper_model import V3
 from dsv3_tutorial.bench.paper_training import STAGES, long_hours, pipeline
 from dsv3_tutorial.bench.paper_verdict import Inconsistency, value
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.cost import deepep, schedule_table, speculation, step_time, topology
+from dsv3_tutorial.cost import deepep, schedule_table, speculation, step_time, topology, validation
 
 
 def inconsistencies() -> list[Inconsistency]:
@@ -62,13 +62,15 @@ def _networks() -> list[Inconsistency]:
 def _training() -> list[Inconsistency]:
     times = step_time.operation_times(pipeline(), whole=True)
     bubble = schedule_table.table_bubble("dualpipe", STAGES, times)
+    uneven = validation.deepseek_v3().times["uneven stages"]
     cfg = ModelConfig.named(V3)
     return [
         Inconsistency(
             "the bubble of a step",
             "ISCA, table 4; V3 report, table 2",
             "2.06 s",
-            "(PP / 2 - 1)(F&B + B - 3 W) with table 4's own times",
+            "(PP / 2 - 1)(F&B + B - 3 W) with table 4's own times; by the planner, uneven stages "
+            f"(62 layers and two heads on {STAGES}) add {uneven:.2f}",
             f"{bubble:.2f} s",
         ),
         Inconsistency(

@@ -137,6 +137,15 @@ def run(
     return Recorded(timeline, losses, seconds)
 
 
+def jobs(wait: float = WAIT) -> dict[str, dict]:
+    """Three runs to tell apart by their tables: what `run` takes for each. One has no fault."""
+    return {
+        "A": {"save_every": 2, "background": False},
+        "B": {"source": "remote", "wait": wait},
+        "C": {},
+    }
+
+
 def begin(source: str = "ready", shard: int = SHARD, wait: float = WAIT) -> TrainingState:
     """The tiny model before its first step, reading from one of SOURCES."""
     made = {

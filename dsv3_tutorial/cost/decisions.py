@@ -78,7 +78,7 @@ def unbuild(
 
     layout: keep this one and change only what must change; None: search. target None: no serving.
     kv_heads: as in `without`. With nothing removed exactly plan(...) of the layout. Raises
-    PlanError for decisions that this model has not made.
+    PlanError for decisions that this model has not.
     """
     variant = without(cfg, removed, choices, assume, target or USUAL, kv_heads)
     named = tuple(name for name in DECISIONS if name in removed)

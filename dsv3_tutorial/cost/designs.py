@@ -6,6 +6,7 @@ tokens is not priced: floors on parameters and tokens stand in for it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from dsv3_tutorial.config import ConfigError, ModelConfig
 from dsv3_tutorial.cost import memory, params, search, serving_plan
 from dsv3_tutorial.cost.assumptions import Assumptions
 from dsv3_tutorial.cost.choices import Choices
+from dsv3_tutorial.cost.deployment import USABLE
 from dsv3_tutorial.cost.design_briefs import BRIEFS as BRIEFS
 from dsv3_tutorial.cost.design_briefs import Brief
 from dsv3_tutorial.cost.design_model import model, shape_problems
@@ -25,14 +27,36 @@ PARTS = ("the model", "the service", "the training run")
 _CHOICES = Choices(schedules=("zb1p", "dualpipe"), precisions=("fp8",), tps=(1,))
 
 
+@dataclass(frozen=True)
+class Missed:
+    """A demand that is not met: one sentence with both numbers that says what to change.
+
+    kind: "fields" (there is no model), "shape", "size", "tokens", "time", "experts" (that do not
+    divide), or what ends the service: "memory", "bandwidth", "compute", "network".
+    """
+
+    kind: str
+    said: str
+
+
 def judge(design: Mapping[str, Any], brief: Brief, part: str | None = None) -> list[str]:
     """The demands of the brief that a design does not meet, a sentence each; [] where all are met.
 
     part: one of PARTS alone. Each sentence holds both numbers and says what to change. A design is
     planned once: under a second, and nothing when it is asked again.
     """
-    key = _key(design)
-    return [said for name in PARTS if part in (None, name) for said in _unmet(key, brief, name)]
+    return [one.said for one in missed(design, brief, part)]
+
+
+def missed(design: Mapping[str, Any], brief: Brief, part: str | None = None) -> list[Missed]:
+    """The same with the kind of each. Where there is no model, only what it lacks is said."""
+    key, found = design_key(design), []
+    for name in PARTS:
+        if part in (None, name):
+            found += _unmet(key, brief, name)
+            if part is None and any(one.kind == "fields" for one in found):
+                return found
+    return found
 
 
 def lab_design() -> dict[str, float]:
@@ -71,7 +95,7 @@ def cluster_design() -> dict[str, float]:
     }
 
 
-def _key(design: Mapping[str, Any]) -> tuple[tuple[str, type, Any], ...]:
+def design_key(design: Mapping[str, Any]) -> tuple[tuple[str, type, Any], ...]:
     """The design as a cache can hold it. Types are part of it: 24.0 layers are refused, 24 not."""
     plain = int | float | str | None
     named = ((str(k), v if isinstance(v, plain) else repr(v)) for k, v in design.items())
@@ -79,56 +103,83 @@ def _key(design: Mapping[str, Any]) -> tuple[tuple[str, type, Any], ...]:
 
 
 @lru_cache(maxsize=1024)
-def _unmet(key: tuple[tuple[str, type, Any], ...], brief: Brief, part: str) -> list[str]:
+def _unmet(key: tuple[tuple[str, type, Any], ...], brief: Brief, part: str) -> list[Missed]:
     fields = {name: value for name, _, value in key}
     tokens = fields.pop("tokens", None)
     try:
         cfg = model(**fields)
     except ConfigError as error:
         first = part == PARTS[0]
-        return error.problems if first else [f"there is no model yet: {error.problems[0]}"]
+        said = error.problems if first else [f"there is no model yet: {error.problems[0]}"]
+        return [Missed("fields", one) for one in said]
     if part == PARTS[0]:
-        return [*shape_problems(cfg), *_too_small(cfg, brief)]
+        shape = [Missed("shape", said) for said in shape_problems(cfg)]
+        return [*shape, *_too_small(cfg, brief)]
     return _service(cfg, brief) if part == PARTS[1] else _training(cfg, tokens, brief)
 
 
-def _too_small(cfg: ModelConfig, brief: Brief) -> list[str]:
+def _too_small(cfg: ModelConfig, brief: Brief) -> list[Missed]:
     counted = params.count(cfg)
     floors = (
         (counted.total, brief.total, "parameters", "more or wider experts"),
         (counted.activated, brief.activated, "activated parameters", "more width, layers or top-k"),
     )
     return [
-        f"{have / 1e9:.2f} B {what}, and {least / 1e9:g} B are asked for: take {more}"
+        Missed(
+            "size", f"{have / 1e9:.2f} B {what}, and {least / 1e9:g} B are asked for: take {more}"
+        )
         for have, least, what, more in floors
         if have < least
     ]
 
 
-def _training(cfg: ModelConfig, tokens: Any, brief: Brief) -> list[str]:
-    if hopeless := _state(cfg, brief):
-        return [hopeless]
+def _training(cfg: ModelConfig, tokens: Any, brief: Brief) -> list[Missed]:
+    if tokens is None:
+        return [Missed("tokens", "'tokens' is missing: on how many is it trained, as 1e12?")]
     try:
         job = Job(tokens=tokens, sequences=brief.sequences)
-        plan = planned(cfg, brief, job)
     except PlanError as error:
-        return [str(error)]
+        said = str(error).removeprefix("This job cannot be: ")
+        return [Missed("tokens", said.partition(". ")[0])]
     found = []
     if tokens < brief.tokens:
         found.append(
-            f"{tokens / 1e9:,.0f} B tokens, and {brief.tokens / 1e9:,.0f} B are asked for: train "
-            "on more"
+            Missed(
+                "tokens",
+                f"{tokens / 1e9:,.4g} B tokens, and {brief.tokens / 1e9:,.0f} B are asked for: "
+                "train on more",
+            )
         )
-    for have, most, written in (
+    if hopeless := _state(cfg, brief):
+        return [*found, Missed("memory", hopeless)]
+    try:
+        return [*found, *_too_long(planned(cfg, brief, job), brief, cfg)]
+    except PlanError:
+        most = Assumptions().usable_memory * brief.cluster.chip.memory_bytes / 1e9
+        said = (
+            f"no layout of the training run fits into the {most:.0f} GB that can be used on each "
+            f"of {brief.cluster.gpus} GPUs: take fewer parameters or layers"
+        )
+        return [*found, Missed("memory", said)]
+
+
+def _too_long(plan: Plan, brief: Brief, cfg: ModelConfig) -> list[Missed]:
+    uneven = (cfg.n_routed_experts or 0) % 8  # they are dealt out over a server of 8, or less well
+    also = ", or a multiple of 8 experts" if uneven else ""
+    asked = (
         (plan.days, brief.days, "{:.1f} days"),
         (plan.cost_usd, brief.budget_usd, "${:,.0f}"),
-    ):
-        if most is not None and have > most:
-            found.append(
-                f"training takes {written.format(have)}, {have / most:.2f} times the "
-                f"{written.format(most)} that are given: train on fewer tokens or activate less"
-            )
-    return found
+    )
+    return [
+        Missed(
+            "time",
+            f"training takes {written.format(have)}, {have / most:.2f} times the "
+            f"{written.format(most)} that are given: train on fewer tokens or activate "
+            f"less{also}",
+        )
+        for have, most, written in asked
+        if most is not None and have > most
+    ]
 
 
 def _state(cfg: ModelConfig, brief: Brief) -> str | None:
@@ -144,28 +195,49 @@ def _state(cfg: ModelConfig, brief: Brief) -> str | None:
     )
 
 
+@lru_cache(maxsize=256)
 def planned(cfg: ModelConfig, brief: Brief, job: Job) -> Plan:
     """The fastest plan of a model on a brief's cluster. Raises PlanError where none fits."""
     return search.best(cfg, brief.cluster, job, Assumptions(rent=brief.rent), _CHOICES).plan
 
 
-def _service(cfg: ModelConfig, brief: Brief) -> list[str]:
+def _service(cfg: ModelConfig, brief: Brief) -> list[Missed]:
     experts = cfg.n_routed_experts
     if experts and experts % brief.devices:
-        return [
+        said = (
             f"{experts} experts do not divide by the {brief.devices} GPUs of the service: some "
             f"would hold more than others, so take a multiple of {brief.devices}"
-        ]
+        )
+        return [Missed("experts", said)]
     target = Target(brief.context, brief.rate, brief.devices)
     served = serving_plan.serve(cfg, brief.cluster.chip, target, brief.devices)
     if served.batch >= brief.users:
         return []
     if not served.batch:
-        return [f"not one of {brief.users} users is served: {served.reason}"]
-    return [
+        return [_none_served(served, brief)]
+    said = (
         f"{served.batch} users are served at {brief.context:,} tokens and {brief.rate:g} tokens/s "
         f"each, and {brief.users} are asked for: {_ADVICE[served.limit]}"
-    ]
+    )
+    return [Missed(served.limit, said)]
+
+
+def _none_served(served: serving_plan.Serving, brief: Brief) -> Missed:
+    """Not one user: the chips and the promise are given here, so the model is what can change."""
+    placed, nobody = served.deployment, f"not one of {brief.users} users is served: "
+    weights = f"{placed.weight_bytes / 1e9:.1f} GB of weights on a GPU"
+    if placed.room <= 0:
+        usable = USABLE * brief.cluster.chip.memory_bytes / 1e9
+        why = f"{weights}, of whose memory {usable:.1f} GB can be used: hold fewer parameters"
+        return Missed("memory", nobody + why)
+    if not placed.max_batch:
+        why = (
+            f"{weights} leave {placed.room / 1e9:.1f} GB, and one of {brief.context:,} tokens "
+            f"caches {placed.sequence_bytes / 1e9:.1f} GB: cache less or hold fewer parameters"
+        )
+        return Missed("memory", nobody + why)
+    slow = f"alone one is slower than {brief.rate:g} tokens/s; {_ADVICE[placed.limit]}"
+    return Missed(placed.limit, nobody + slow)
 
 
 _ADVICE = {

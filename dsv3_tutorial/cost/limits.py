@@ -19,8 +19,8 @@ class Decode:
 
     bandwidth: bytes/s of a device, one direction. dispatch, combine: bytes an element. alpha:
     seconds that each dispatch and each combine takes beside its bytes. computation: seconds of one
-    micro-batch and layer, hidden as far as communication is longer. experts_per_device: above 1 the
-    device holds more experts, and sends so many times more.
+    micro-batch and layer, hidden as far as communication is longer. experts_per_device: above 1 a
+    device has so many times the tokens, as each of its experts is kept as busy as one alone is.
     """
 
     bandwidth: float = 50e9
@@ -76,8 +76,8 @@ def infiniband() -> Decode:
 def nvl72() -> Decode:
     """The paper's second: GB200 NVL72 at 900 GB/s. 0.82 ms a token.
 
-    The premise of one expert a device needs some 257 devices, and a rack has 72: with
-    `experts_per_device` = 257 / 72 the same bound is 2.9 ms.
+    A rack has 72 devices for 257 experts. 32 tokens on each still give this bound; experts as busy
+    as with one a device ask for `experts_per_device` = 257 / 72, and then it is 2.9 ms.
     """
     return Decode(bandwidth=chip("gb200-nvl72").scale_up.bandwidth)
 

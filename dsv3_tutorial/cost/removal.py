@@ -63,7 +63,7 @@ def without(
     """The model with some of DECISIONS taken back; nothing removed changes nothing.
 
     kv_heads: what stands in MLA's place: None as many as heads (MHA), 8 for GQA. Raises PlanError
-    for a decision that is unknown, and for one that this model has not made.
+    for a decision that is unknown, and for one that this model has not.
     """
     _check(cfg, removed)
     variant = Variant(cfg, choices, assume, target)
@@ -81,8 +81,8 @@ def _check(cfg: ModelConfig, removed: Collection[str]) -> None:
         )
     if foreign := [name for name in DECISIONS if name in removed and name not in made(cfg)]:
         raise PlanError(
-            f"This model has not made {', '.join(foreign)}, so a plan without would be the same "
-            f"plan. It has made {', '.join(made(cfg))}: take one of these back."
+            f"This model has no {', '.join(foreign)} to take back, so a plan without would be the "
+            f"same plan. It is planned with {', '.join(made(cfg))}: take one of these back."
         )
 
 

@@ -147,6 +147,19 @@ def mean_chunk(
     return Timing.of(cfg, cluster, job, layout, assume).chunk(way.mean)
 
 
+def layer_of_a_pair(
+    cfg: ModelConfig, cluster: Cluster, job: Job, layout: Layout, assume: Assumptions
+) -> float:
+    """Seconds that one MoE layer computes for a forward and another micro-batch's backward.
+
+    On the SMs that sending leaves, as in DualPipe's overlapped pairs; nothing sent is counted.
+    """
+    one = Timing.of(cfg, cluster, job, layout, assume).chunk(
+        stage_work.layer(cfg, True, job.seq_len)
+    )
+    return (one.forward + one.backward) / (1 - assume.communication_sms)
+
+
 def _shape(layout: Layout) -> tuple[int, bool, str]:
     return layout.stages, layout.overlaps, layout.precision
 

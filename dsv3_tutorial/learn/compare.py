@@ -144,13 +144,25 @@ def _number_difference(got: Any, expected: Any, tolerance: float | None, spoil: 
         return None
     if got_bad:
         return f"returned {got}, expected a finite number"
-    return f"returned {_short(got)}, expected {_short(expected)}" if spoil else "the number differs"
+    if not spoil:
+        return "the number differs"
+    return "returned {}, expected {}".format(*_apart(got, expected))
 
 
-def _short(number: Any) -> str:
+def _apart(got: Any, expected: Any) -> tuple[str, str]:
+    """Both numbers in 6 digits, or in as many more as it takes until they print differently."""
+    written = ("", "")
+    for digits in range(6, 18):
+        written = _short(got, digits), _short(expected, digits)
+        if written[0] != written[1]:
+            break
+    return written
+
+
+def _short(number: Any, digits: int) -> str:
     if isinstance(number, numbers.Integral):
         return f"{int(number)}"
-    return f"{number:.6g}"
+    return f"{number:.{digits}g}"
 
 
 def _mapping_difference(

@@ -32,7 +32,7 @@ def show_verdict(verdict: Any) -> None:
     """A verdict as a line, a box and data for a grader. The words carry all, colours nothing."""
     text = verdict.line
     box = f"<b>{html.escape(text[: text.index(']') + 1])}</b>"
-    box += html.escape(text[text.index("]") + 1 :])
+    box += html.escape(text[text.index("]") + 1 :]).replace("\n", "<br>")
     if verdict.printed:
         text += "\nYour code printed:\n" + _indented(verdict.printed)
         box += f"<br>Your code printed:<pre>{html.escape(verdict.printed)}</pre>"

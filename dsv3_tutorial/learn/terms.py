@@ -40,9 +40,10 @@ def term(name: str) -> None:
 
 
 def _keys(title: str) -> list[str]:
-    """All that a title answers to: 'FLOP and FLOP/s', 'MLA (multi-head latent attention)'."""
-    outside, _, inside = title.partition("(")
-    parts = [title, outside, inside.rstrip(")"), *re.split(r" and |, ", outside)]
+    """All that a title answers to: 'FLOP and FLOP/s', 'Expert parallelism (EP), dispatch'."""
+    inside = re.findall(r"\(([^)]*)\)", title)
+    outside = re.sub(r" *\([^)]*\)", "", title)
+    parts = [title, outside, *inside, *re.split(r" and |, ", outside)]
     return [key for key in map(_normal, parts) if key]
 
 

@@ -60,7 +60,7 @@ figures.memory_wall()
 # | memory | a conversation's past fills the GPU | Multi-head Latent Attention | 1 |
 # | cost | training arithmetic | sparse experts; FP8 | 4, 2 |
 # | speed | reading weights and past for each token; the network | speculation; overlapped, placed communication | 5, 3 |
-# | all of it | choosing | a planner from cluster and budget to model | 6 (to come) |
+# | all of it | choosing | a planner from cluster and budget to model | 6 |
 
 # %% [markdown] id="machine"
 # ## 2 · Your machine

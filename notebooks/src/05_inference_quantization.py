@@ -493,7 +493,7 @@ progress()
 # %% [markdown] id="further"
 # ## Further
 #
-# Next on the path is lesson 6, the planner (still to come). What follows here goes further: five more exercises, requests that come and go, sampling, more drafts, and a panel to write with.
+# Next on the path is lesson 6, where all of it comes together. What follows here goes further: five more exercises, requests that come and go, sampling, more drafts, and a panel to write with.
 #
 # ### V3 itself, without its weights
 #

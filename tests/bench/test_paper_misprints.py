@@ -7,6 +7,7 @@ import pytest
 from dsv3_tutorial.bench.paper_miscounts import with_mtp
 from dsv3_tutorial.bench.paper_misprints import inconsistencies
 from dsv3_tutorial.bench.paper_training import long_hours
+from dsv3_tutorial.cost import limits, validation
 
 FOUND = {one.what: one for one in inconsistencies()}
 
@@ -51,10 +52,19 @@ def test_seven_thousand_and_forty_gigabytes_a_second_change_the_bound_of_decodin
     assert FOUND["the network's rate in that bound"].ours == f"{tokens * 40 / 50:.1f} tokens/s"
 
 
-def test_a_rack_of_72_sends_as_many_times_more_as_a_gpu_holds_experts():
+def test_in_a_rack_of_72_only_busier_experts_make_the_bound_longer():
+    assert limits.nvl72().per_token == pytest.approx(0.82e-3, rel=5e-3)
     seconds = 61 * 2 * 32 * 9 * 7000 * 3 / 900e9 * 257 / 72
-    ours = FOUND["one expert a device, in a rack of 72"].ours
-    assert ours == f"{1e3 * seconds:.1f} ms, {1 / seconds:.0f} tokens/s"
+    found = FOUND["one expert a device, in a rack of 72"]
+    assert found.ours == f"{1e3 * seconds:.1f} ms, {1 / seconds:.0f} tokens/s"
+    assert "32 tokens a device still give 0.82 ms" in found.calculation
+    assert "3.6 times the tokens" in found.calculation
+
+
+def test_the_formula_and_uneven_stages_leave_less_of_the_bubble_unexplained():
+    found = FOUND["the bubble of a step"]
+    assert found.ours == "0.81 s" and found.calculation.endswith("add 0.93")
+    assert validation.deepseek_v3().times["uneven stages"] == pytest.approx(0.93, abs=0.005)
 
 
 def test_multi_token_prediction_adds_a_layer_a_matrix_and_the_head():

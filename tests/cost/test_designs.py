@@ -62,9 +62,19 @@ def test_a_worked_design_meets_every_demand_with_room(name):
         ("lab", SERVICE, plain(WORKED["lab"]), "and 48 are asked for: memory binds"),
         ("lab", TRAINING, {**WORKED["lab"], "tokens": 2e12}, "times the 14.0 days"),
         ("lab", TRAINING, {**WORKED["lab"], "tokens": 2e10}, "20 B tokens, and 300 B"),
-        ("lab", TRAINING, plain(WORKED["lab"], tokens=None), "tokens = None"),
+        ("lab", TRAINING, plain(WORKED["lab"], tokens=None), "'tokens' is missing"),
+        ("lab", TRAINING, {**WORKED["lab"], "tokens": "1e12"}, "tokens = '1e12' is no number"),
+        ("lab", TRAINING, {**WORKED["lab"], "n_routed_experts": 250}, "or a multiple of 8 experts"),
+        ("lab", SERVICE, {**WORKED["lab"], "kv_lora_rank": 40_000}, "leave 55.3 GB"),
+        ("lab", MODEL, plain(WORKED["lab"], num_key_value_heads=2), "2 key-value heads"),
+        ("lab", MODEL, plain(WORKED["lab"], num_attention_heads=4), "4 key-value heads"),
+        ("lab", MODEL, {**WORKED["lab"], "num_experts_per_tok": 1}, "1 routed and 1 shared"),
+        ("lab", MODEL, {**WORKED["lab"], "n_shared_experts": 7}, "6 routed and 7 shared"),
+        ("lab", MODEL, {**WORKED["lab"], "moe_intermediate_size": 4096}, "14.0 times hidden_size"),
         ("lab", MODEL, {**WORKED["lab"], "n_routed_experts": 32}, "B parameters, and 10 B"),
         ("lab", MODEL, {**WORKED["lab"], "kv_lora_rank": 32}, "caches 96 numbers in a layer"),
+        ("lab", MODEL, {**WORKED["lab"], "q_lora_rank": 255}, "is 255, and 1/8 of hidden_size"),
+        ("lab", MODEL, {**WORKED["lab"], "first_k_dense_replace": 6}, "6 of 24 layers, and"),
         ("lab", MODEL, {**WORKED["lab"], "layers": 3}, "the nearest is 'num_hidden_layers'"),
         ("lab", MODEL, {"tokens": 1e12}, "'hidden_size' is missing"),
         ("lab", TRAINING, {"tokens": 1e12}, "there is no model yet"),
@@ -95,6 +105,18 @@ def test_v3s_fields_make_v3():
 @pytest.mark.parametrize("name", preset_names())
 def test_published_models_keep_to_the_shapes_that_are_asked_for(name):
     assert shape_problems(ModelConfig.named(name)) == []
+
+
+def test_the_edges_of_query_ranks_and_dense_layers_are_where_they_are_said_to_be():
+    def shape(**changes):
+        return judge({**WORKED["lab"], **changes}, BRIEFS["lab"], MODEL)
+
+    for rank, fine in ((256, True), (255, False)):  # 2048 / 8
+        assert (shape(q_lora_rank=rank) == []) == fine
+    for dense, fine in ((5, True), (6, False)):  # 24 / 10 + 3
+        assert (shape(first_k_dense_replace=dense, n_routed_experts=80) == []) == fine
+    one = {"first_k_dense_replace": 23, "intermediate_size": 16_384, "n_routed_experts": 2048}
+    assert any("23 of 24 layers" in said for said in shape(**one))
 
 
 def test_what_the_worked_answers_say_of_themselves_is_so():
@@ -160,4 +182,49 @@ def test_whatever_is_handed_in_is_told_and_raises_nothing(changes):
 def test_a_model_of_unknown_fields_is_refused_with_all_of_them():
     with pytest.raises(ConfigError, match="'heads'") as caught:
         model(hidden_size=64, heads=2, layers=3)
-    assert len(caught.value.problems) == 5
+    assert len(caught.value.problems) == 3  # two are misspelt, and not missing as well
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("top_k", "num_experts_per_tok"), ("heads", "num_attention_heads"), ("layers", "num_hidden")],
+)
+def test_what_people_write_is_led_to_the_field_they_mean(written, meant):
+    with pytest.raises(ConfigError, match=f"'{written}'; the nearest is '{meant}"):
+        model(**{written: 6})
+
+
+@pytest.mark.parametrize("name", BRIEFS)
+@pytest.mark.parametrize("change", [{"layers": 3}, {"num_experts_per_tok": 999}])
+def test_without_a_model_each_thing_is_said_once(name, change):
+    found = designs.missed({**WORKED[name], **change}, BRIEFS[name])
+    assert len(found) == 1 and found[0].kind == "fields"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_routed_experts": 2048}, {"kv_lora_rank": 30_000}, {"num_hidden_layers": 200}],
+)
+@each
+def test_nobody_is_told_to_change_what_is_given(name, change):
+    found = " ".join(judge({**WORKED[name], **change}, BRIEFS[name]))
+    assert found and not re.search("more devices|shorter context|narrower format|more GPUs", found)
+
+
+def test_plain_attention_of_eight_heads_would_need_a_shape_that_is_refused():
+    wide = plain(WORKED["h20"], num_key_value_heads=8, num_hidden_layers=15, hidden_size=2400)
+    wide |= {"moe_intermediate_size": 8192, "n_routed_experts": 144}
+    assert judge(wide, BRIEFS["h20"], SERVICE) == judge(wide, BRIEFS["h20"], TRAINING) == []
+    assert next(one.kind for one in designs.missed(wide, BRIEFS["h20"], MODEL)) == "shape"
+
+
+def test_more_heads_than_reading_asks_for_pass_while_the_step_keeps_its_time():
+    brief, chip = BRIEFS["h20"], BRIEFS["h20"].cluster.chip
+    for heads, limit in ((32, "memory"), (40, "compute"), (64, "compute")):
+        served = users("h20", {**WORKED["h20"], "num_attention_heads": heads})
+        times = served.deployment.times
+        assert served.limit == limit and times["compute"] > times["bandwidth"]
+        caches = brief.users / brief.devices * brief.context * 48 * heads * 2 * 1088
+        in_time = caches / chip.rate("bf16") < 1 / brief.rate
+        assert in_time == (served.batch >= brief.users) == (heads <= 40)
+    assert round(2 * 1088 * 20 / 1152) == 38  # and an H20 does 37 for a byte

@@ -184,7 +184,7 @@ IMPOSSIBLE = {
     "too few micro-batches": ((*V3, "--sequences", "128"), "micro"),
     "tornado on one layout": ((*V3, "--tornado"), "Leave out --layout"),
     "no decision": ((*V3, "--without", "hope"), "No decision 'hope'"),
-    "a decision not made": ((*SMALL, "--without", "mtp"), "has not made mtp"),
+    "a decision not made": ((*SMALL, "--without", "mtp"), "has no mtp to take back"),
     "no assumption": ((*V3, "--assume", "luck=1"), "luck=1"),
     "impossible assumption": ((*V3, "--assume", "fp8_products=2"), "fp8_products = 2"),
     "rent below 0": ((*V3, "--rent", "-1"), "rent = -1"),

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from dsv3_tutorial import hardware
 from dsv3_tutorial.config import ModelConfig, preset_names
-from dsv3_tutorial.cost import flops, params, schedule, stage_links, stage_step, step_traffic
+from dsv3_tutorial.cost import (
+    flops,
+    params,
+    schedule,
+    stage_links,
+    stage_step,
+    step_traffic,
+    validation,
+)
 from dsv3_tutorial.cost.assumptions import Assumptions
 from dsv3_tutorial.cost.layout import Job, Layout, PlanError
 from dsv3_tutorial.cost.schedule import Times
@@ -198,3 +206,12 @@ def test_a_link_that_nobody_publishes_is_asked_for_only_where_it_is_needed():
     one_node = stage_links.network(hardware.cluster("h20:8"), 0.8)
     assert one_node.inside.bandwidth == 0.8 * 450e9
     assert stage_links.network(H800, 0.1).inside.bandwidth == 160e9  # what is reached is known
+
+
+def test_a_layer_of_a_pair_computes_as_long_as_its_share_of_the_overlapped_pairs():
+    """Of V3's stage nearly all is MoE layers: 3.8 of them and a share of the heads."""
+    found = validation.deepseek_v3()
+    what = (found.cfg, found.cluster, found.job, found.layout, found.assume)
+    one, sms = stage_step.mean_chunk(*what), found.assume.communication_sms
+    whole = (one.forward + one.backward) / (1 - sms)
+    assert 0.2 < stage_step.layer_of_a_pair(*what) / whole < 0.27

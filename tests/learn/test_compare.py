@@ -46,7 +46,7 @@ def test_integers_and_bools_are_exact():
 def test_a_tensor_without_axes_counts_as_the_number_in_it():
     third = torch.tensor(1 / 3)
     assert difference(third, 1 / 3) is None
-    assert difference(third.double(), 1 / 3) == "returned 0.333333, expected 0.333333"
+    assert difference(third.double(), 1 / 3) == "returned 0.33333334, expected 0.33333333"
     assert difference(torch.tensor(4), 4) is None
     assert difference(torch.tensor(5), 4) == "returned 5, expected 4"
     assert difference(third + 1e-4, 1 / 3) == "returned 0.333433, expected 0.333333"
@@ -64,6 +64,20 @@ def test_numbers_text_and_structures_are_told_apart():
     assert difference(X, 3) == "returned a tensor of shape (3, 4), expected a number"
     assert difference(float("nan"), 3.0) == "returned nan, expected a finite number"
     assert difference(range(3), range(4)) == "it is not the expected value"
+
+
+def test_numbers_that_differ_are_never_printed_alike():
+    assert difference(2.4999999, 2.5, 1e-9) == "returned 2.4999999, expected 2.5"
+    assert difference(2.6, 2.5, 1e-9) == "returned 2.6, expected 2.5"
+    assert difference(2500000.25, 2500000.0) == "returned 2500000.2, expected 2500000"
+
+
+@given(st.floats(1e-3, 1e9), st.floats(1e-12, 1e-3))
+def test_whatever_two_numbers_differ_they_read_differently(expected, by):
+    said = difference(expected * (1 + by), expected, 1e-15)
+    if said is not None:
+        got, wanted = said.removeprefix("returned ").split(", expected ")
+        assert got != wanted
 
 
 def test_empty_tensors_and_zeros_compare():

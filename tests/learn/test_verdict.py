@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from dsv3_tutorial.learn import exercise, notebook, verdict
+from dsv3_tutorial.learn import exercise, notebook, show, verdict
 from dsv3_tutorial.learn.registry import Budget, Case, Exercise, Mutant
 from dsv3_tutorial.learn.verdict import judge
 
@@ -286,6 +286,15 @@ def test_a_wrong_use_of_the_decorator_gets_a_sentence(capsys):
     out = capsys.readouterr().out
     assert '@exercise("name")' in out
     assert "There is no exercise 'nothing.here'" in out
+
+
+def test_a_message_of_several_lines_keeps_them_in_the_box(monkeypatch):
+    shown = []
+    monkeypatch.setattr(show, "in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    show.show_verdict(verdict.Verdict("toy.scaled", "not_yet", "two:\n- a < b\n- c"))
+    assert shown[0]["text/plain"] == "[NOT YET] two:\n- a < b\n- c"
+    assert "</b> two:<br>- a &lt; b<br>- c</div>" in shown[0]["text/html"]
 
 
 def test_every_status_has_a_label():

@@ -27,7 +27,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 RUN_SECONDS = 180
+SHORT = {"DSV3_LIVE_SECONDS": "1"}  # that a live cell runs is what is asked here
 NOTIFICATIONS = "lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+WAITING = """() => {
+    const panel = window.jupyterapp.shell.currentWidget;
+    const code = [...panel.content.model.cells].filter(cell => cell.type === 'code');
+    const waiting = code.filter(cell => !cell.executionCount).map(cell => cell.id);
+    return {waiting, kernel: panel.sessionContext.session?.kernel?.status};
+}"""
 STATE = """() => {
     const panel = window.jupyterapp.shell.currentWidget;
     const kernel = panel?.sessionContext?.session?.kernel;
@@ -62,10 +69,14 @@ def browser():
         found.close()
 
 
-@pytest.fixture
-def server(tmp_path):
-    """JupyterLab over an empty folder, with a home of its own; gone afterwards with its kernels."""
-    folder, home = tmp_path / "my", tmp_path / "home"
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """JupyterLab over an empty folder, with a home of its own; gone afterwards with its kernels.
+
+    One serves all the lessons, as a learner's does: starting and ending it takes seconds each time.
+    """
+    own_folder = tmp_path_factory.mktemp("jupyter")
+    folder, home = own_folder / "my", own_folder / "home"
     settings = home / "config" / NOTIFICATIONS
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(next(iter(install.QUIET_JUPYTER.values()))))
@@ -78,12 +89,13 @@ def server(tmp_path):
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={folder}"]
     command += ["--expose-app-in-browser"]  # the test asks the page what a cell holds
-    variables = build.variables(str(home / "dsv3"), threads=1) | own
-    with (tmp_path / "server.log").open("w") as log:
+    variables = build.variables(str(home / "dsv3"), threads=1) | own | SHORT
+    with (own_folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
     try:
         port = json.loads(wait_for_file(home / "runtime", process).read_text())["port"]
-        yield folder, lambda page: f"http://127.0.0.1:{port}{page}?token={own['JUPYTER_TOKEN']}"
+        served = f"http://127.0.0.1:{port}", own["JUPYTER_TOKEN"]
+        yield Server(folder, *served, psutil.Process(process.pid))
     finally:
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
@@ -93,6 +105,24 @@ def server(tmp_path):
         process.wait(timeout=20)
     assert started, "no kernel was ever started"
     assert not left, f"still there after the server was told to end: {left}"
+
+
+class Server:
+    """JupyterLab as it serves: the folder that it shows, its address, its process."""
+
+    def __init__(self, folder, address, token, process):
+        self.folder, self.address, self.token, self.process = folder, address, token, process
+
+    def at(self, page):
+        return f"{self.address}{page}?token={self.token}"
+
+    def end_kernels(self, requests):
+        """End every kernel, as closing and shutting down a lesson does, and what it started."""
+        started = self.process.children(recursive=True)
+        for kernel in requests.get(self.at("/api/kernels")).json():
+            assert requests.delete(self.at(f"/api/kernels/{kernel['id']}")).ok
+        left = psutil.wait_procs(started, timeout=20)[1]
+        assert not left, f"still there after its kernel was told to end: {left}"
 
 
 def wait_for_file(folder, process):
@@ -131,13 +161,11 @@ class Lesson:
         """Wait until every code cell has run and the kernel rests."""
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
-            state = self.state()
-            code = [c for c in state["notebook"]["cells"] if c["cell_type"] == "code"]
-            if state["kernel"] == "idle" and all(c["execution_count"] for c in code):
+            state = self.page.evaluate(WAITING)
+            if state["kernel"] == "idle" and not state["waiting"]:
                 return
             self.page.wait_for_timeout(300)
-        waiting = [c["id"] for c in code if not c["execution_count"]]
-        raise AssertionError(f"not done after {RUN_SECONDS} s; waiting for {waiting}")
+        raise AssertionError(f"not done after {RUN_SECONDS} s; waiting for {state['waiting']}")
 
     def run_all(self):
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -177,16 +205,28 @@ class Lesson:
             self.page.screenshot(path=Path(folder) / f"{self.name}-{name}.png")
 
 
+@pytest.fixture(scope="module")
+def learner(browser):
+    """One learner's browser: what it has loaded of JupyterLab it has for the next lesson too."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def opened(browser, server, lesson):
-    """The lesson's copy in JupyterLab, as first opened but for the execution counts."""
-    folder, address = server
+def opened(learner, server, lesson):
+    """The lesson's copy in JupyterLab, as first opened but for the execution counts.
+
+    Its kernel is ended before the next lesson's starts; the last one's ends with the server.
+    """
+    server.end_kernels(learner.request)
     notebook = nbformat.read(lesson, as_version=4)
     for cell in rules.code_cells(notebook):
         cell.execution_count = None  # so that a new count says that the cell has run
-    nbformat.write(notebook, folder / lesson.name)
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.goto(address(f"/lab/tree/{lesson.name}"))
+    nbformat.write(notebook, server.folder / lesson.name)
+    page = learner.new_page()
+    # In a workspace of its own: the default one would open the lesson before beside it.
+    page.goto(server.at(f"/lab/workspaces/{lesson.stem}/tree/{lesson.name}"))
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.model")
     open_lesson = Lesson(page, lesson.stem)
     for _ in range(300):

@@ -66,5 +66,6 @@ def test_a_notebook_with_ranks_repeats_under_nbval(tmp_path, monkeypatch):
     path = tmp_path / "ranks.ipynb"
     nbformat.write(notebook, path)
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", str(path)]
+    command += ["--disable-plugin-autoload", "-p", "nbval.plugin"]  # the others take seconds
     run = subprocess.run([*command, "-c", "/dev/null"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0 and f"{len(CELLS)} passed" in run.stdout, run.stdout
