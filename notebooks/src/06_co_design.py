@@ -1,7 +1,7 @@
 # %% [markdown] id="title"
 # # 6 · Co-design: from a machine to a model, and back
 #
-# Each lesson so far met one bottleneck and one answer to it. Here you put the answers together. You find out what a training step waits for, plan DeepSeek-V3 on its real machine, take its decisions away one by one, and then design models for machines that are not theirs.
+# Each lesson so far met one bottleneck and one answer to it. Here you put the answers together. You find out what a training step waits for, plan DeepSeek-V3 on its real machine, take its decisions away one by one, and then design models for machines other than V3's.
 #
 # After it you can
 #
@@ -13,7 +13,7 @@
 #
 # *75 minutes to `progress()` in a workshop, 100 alone. Run All takes about two minutes. You need lessons 1 and 4; lessons 2, 3 and 5 help.*
 #
-# **Words.** A **layout** says how a run lies over its GPUs: PP stages of a pipeline, DP replicas, EP GPUs that share a layer's experts. A **GPU-hour** is one GPU for one hour, working or waiting. `term("layout")` explains a word.
+# **Words.** A **layout** says how a run lies over its GPUs: PP stages of a pipeline, DP replicas, EP GPUs that share a layer's experts. A **GPU-hour** is one GPU for one hour, working or waiting. **MFU** is the share of the GPUs' peak arithmetic that went into the model. `term("layout")` explains a word.
 #
 # *The report* is the DeepSeek-V3 technical report, *the paper* the authors' ISCA paper of 2025 on its hardware.
 
@@ -40,7 +40,7 @@ v3 = ModelConfig.named("deepseek-v3")
 # %% [markdown] id="profile-text"
 # ## 1 · Profile first
 #
-# A faster product makes a step faster only if the step waits for products. So look before you design. Here are three runs of `tiny`, a dense model of four layers, on the same text: A, B and C. Two of them stall, each by a common mistake. Find it in the tables. (The seconds change with whatever else your machine does; look at what is *waited* for.)
+# A faster product makes a step faster only if products are what it spends its time on. So look before you design. Here are three runs of `tiny`, a dense model of four layers, on the same text: A, B and C. Two of them stall, each by a common mistake. Find both in the tables. (The seconds change with whatever else your machine does; look at what is *waited* for.)
 
 # %% id="jobs" tags=["live", "nbval-ignore-output"]
 from dsv3_tutorial.bench import stalls_runs
@@ -63,7 +63,7 @@ predict(
 )
 
 # %% [markdown] id="repair-text"
-# **Measure.** Job B reads from a store that takes 0.7 of a step to answer, and asks for each batch when it needs it; job A writes a **checkpoint** every second step while everybody stops. (The store's answer is slept: no network is measured.) The repairs: a thread asks for the next batches while this one is computed, a **prefetch**; and the checkpoint is written behind the next steps, from a copy in memory.
+# **Measure.** Job B reads from a store that takes 0.7 of a step to answer, and asks for each batch when it needs it; job A writes a **checkpoint** every second step while training stops. (Both stores are slow by sleeping, B's before its answer, A's for 0.25 s of each save: no network and no busy disk is measured.) The repairs: a thread asks for the next batches while this one is computed, a **prefetch**; and the checkpoint is written behind the next steps, from a copy in memory.
 
 # %% id="repair" tags=["live", "nbval-ignore-output"]
 repaired = {
@@ -71,11 +71,11 @@ repaired = {
     "B": stalls_runs.run(steps=steps, prefetch=2, **settings["B"]),
 }
 for name, job in repaired.items():
-    print(f"job {name}: {jobs[name].stalls}\n  now: {job.stalls}")
+    print(f"job {name}: {jobs[name].stalls}\nnow:   {job.stalls}")
     print("  the same losses:", jobs[name].losses == job.losses)
 
 # %% [markdown] id="stalls-text"
-# Not one loss has changed. The same as recorded, with a third stall that a prefetch does not repair so easily: text that has to be *unpacked*, which is work.
+# Not one loss has changed. The same as recorded, with a third stall: text that has to be *unpacked*. That is work, and not waiting.
 
 # %% id="stalls"
 from dsv3_tutorial.learn.figures import stalls
@@ -85,15 +85,15 @@ stalls.table()
 stalls.timeline("checkpoint")
 
 # %% [markdown] id="stalls-words"
-# What waits, for a store or for a disk, is hidden by any repair that goes on meanwhile. What *works*, like unpacking, needs a core that is free, as one was here; and where it takes longer than a step, the rest is still waited for.
+# Waiting for a store or a disk can be hidden behind any work. What *works*, like unpacking, needs a core that is free, as one was here; and where it takes longer than a step, the rest is still waited for. (Job A above still waits: its write takes longer than two steps, so the next save waits for the last one. The recorded run saves every sixth step.)
 #
-# What goes on behind other work is **hidden** and costs nothing; what sticks out is **exposed**. Every plan in this lesson hangs on that difference.
+# What goes on behind other work is **hidden**: nobody waits for it, though it may slow the work beside it a little (128 ms in all, where 102 would do). What sticks out is **exposed**. Every plan in this lesson hangs on that difference.
 #
 # ### Exercise 6.1 · What nothing hides
 #
 # *Difficulty 3/5 · worth it 5/5 · 8 minutes · about 6 lines*
 #
-# A trace is a list of **spans**, (start, end) in seconds. Messages that travel while the GPU computes cost nothing; what a step waits for is the rest. How many seconds of `other` does no span of `work` cover?
+# A trace is a list of **spans**, (start, end) in seconds. Nobody waits for messages that travel while the GPU computes; what a step waits for is the rest. How many seconds of `other` does no span of `work` cover?
 # Spans come in any order, and spans of one list may overlap each other: two messages in one second take one second, not two. Either list may be empty. One way: put all starts and ends into one sorted list; between two neighbours in it nothing begins and nothing ends.
 #
 # | | | |
@@ -128,9 +128,9 @@ for scheme in comm_moe.SCHEMES:
         print(f"{scheme:13} {40 // slower} GB/s: {1e3 * t:4.1f} ms, {1e3 * left:4.1f} exposed")
 
 # %% [markdown] id="links-words"
-# At 40 GB/s a copy for each expert sticks out, a copy for each GPU just fits, and two-stage dispatch leaves nearly half of the time free. At half the bandwidth only two-stage nearly fits. A stall need not be a mistake in a script: it may be a message on the wrong link.
+# At 40 GB/s a copy for each expert sticks out, a copy for each GPU just fits, and two-stage dispatch leaves nearly half of the time free. At half the bandwidth even two-stage sticks out, as much as flat does at full. A stall need not be a mistake in a script: it may be a message on the wrong link.
 #
-# Two more that a profile of one GPU does not show stand in *Further*: the busiest expert's rank, for which all others wait, and a precision that nobody validated.
+# Two more mistakes that a profile of one GPU does not show stand in *Further*: the busiest expert's rank, for which all others wait, and a precision that nobody validated.
 #
 # ## 2 · Put it together
 #
@@ -152,9 +152,9 @@ pair.costs_table()
 pair.curves()
 
 # %% [markdown] id="pair-words"
-# All three pairs have the whole design *behind*, and three pairs are too few to be sure of it. What is sure is what is counted: a quarter of the cache, 2.5 times the parameters, 0.7 times the activated ones.
+# All three pairs have the whole design *behind*, and three pairs are too few to be sure of it. What is sure is what is counted: a quarter of the cache, 2.6 times the parameters, 0.7 times the activated ones.
 #
-# Be honest about the toy. Its MTP module takes 22.5 % of its FLOPs, V3's 4 %, and what the module is for, drafts, is not in this loss. Its experts see half a million tokens, and V3's 15 trillion. FP8 saves no time where it is emulated. The evidence that these decisions work is at other sizes: the V2 report's pairs with 16 and 250 billion parameters, the V3 report's FP8 pairs of 16 and 230 billion. A toy shows *mechanisms and costs*. For the rest you need a plan at the real size.
+# Be honest about the toy. Its MTP module takes 22.5 % of its FLOPs, V3's 4 %, and one of the two things that it is for, drafts, is not in this loss. Its experts see half a million tokens, and V3's 15 trillion. FP8 saves no time where it is emulated. The evidence that these decisions work is at other sizes: the V2 report's pairs with 16 and 250 billion parameters, the V3 report's FP8 pairs of 16 and 230 billion. A toy shows *mechanisms and costs*. For the rest you need a plan at the real size.
 #
 # ## 3 · From a cluster to a plan
 #
@@ -164,7 +164,7 @@ pair.curves()
 #
 # *Difficulty 3/5 · worth it 5/5 · 7 minutes · about 4 lines*
 #
-# A model has `dense` numbers that every token meets and `routed` numbers in its experts. The layers are cut into `pp` equal stages. `dp` GPUs hold the same stage: all of them hold its dense numbers, and each group of `ep` shares its experts out, so that the same experts lie on `dp // ep` GPUs.
+# A model has `dense` parameters that every token meets and `routed` parameters in its experts. The layers are cut into `pp` equal stages. `dp` GPUs hold the same stage: all of them hold its dense numbers, and each group of `ep` shares its experts out, so that the same experts lie on `dp // ep` GPUs.
 # A GPU holds weights (BF16, 2 bytes a number) and gradients (float32, 4 bytes) of its stage. With `copies = 2`, as in DualPipe, it holds those of two stages, and each stage lies on twice as many GPUs. **ZeRO-1** deals the optimizer out (a float32 copy and two BF16 moments, 8 bytes a number) over all GPUs that hold the same numbers. How many bytes are on one GPU?
 #
 # | | | |
@@ -189,15 +189,16 @@ from dsv3_tutorial.cost import params
 counted = params.count(v3)
 routed = counted.by_part["routed_experts"]
 dense = counted.total - routed
+print(f"{routed / counted.total:.1%} of the parameters are routed experts")
 layouts = ((16, 64, 128, 2), (16, 64, 128, 1), (16, 8, 128, 2), (32, 1, 64, 1), (1, 256, 2048, 1))
 for pp, ep, dp, copies in layouts:
     size = state_bytes(dense, routed, pp, ep, dp, copies) / 1e9
     print(f"pp {pp:2}, ep {ep:3}, dp {dp:4}, stages a GPU {copies}: {size:6.1f} GB")
 
 # %% [markdown] id="state-words"
-# 97 % of V3 are routed experts, and 64 GPUs share those; with eight they take 77 GB and leave no room for activations. DualPipe's second stage costs 10 GB. Neither 32 stages alone nor 256 GPUs to the experts alone would do.
+# Nearly all of V3 are routed experts, and 64 GPUs share those. With eight, all that a GPU holds is 77 GB, more than the 72, before any activation. DualPipe's second stage costs 10 GB. Neither 32 stages alone nor 256 GPUs to the experts alone would do.
 #
-# What is missing is time. The **planner** counts a step's work in a layout (products, attention, norms and quantisation, messages, the pipeline's waits) and divides by rates. None of them is fitted to V3's run. They are published rates of single kernels: DeepGEMM's products, attention on an H100, and DeepSeek's own 160 and 40 GB/s for the links.
+# What is missing is time. The **planner** counts a step's work in a layout (products, attention, the *memory traffic* of norms and quantisation, messages, the pipeline's waits) and divides by rates. None of them is fitted to V3's run. They are published rates of single kernels: DeepGEMM's products, attention on an H100, and DeepSeek's own 160 and 40 GB/s for the links.
 #
 # **Predict.** V3's step took 19.926 s (the paper's table 4). By how many percent does such a plan miss it? Negative is too fast.
 
@@ -219,9 +220,9 @@ step_anatomy.validation_table()
 step_anatomy.predicted_step(as_trained)
 
 # %% [markdown] id="step-words"
-# Too fast by 15 %, and three quarters of that lie in the overlapped pairs. One thing comes out that lesson 3 could not explain: a bubble of 2.06 s, where the formula gives 0.8. Formula and *uneven stages* together are 1.8: 62 layers and two heads do not divide among 16 stages.
+# Too fast by 15 %, and three quarters of that lie in the overlapped pairs. A third of the miss is DeepGEMM, which came after V3 was trained. And one thing comes out that lesson 3 could not explain: of a bubble of 2.06 s the formula gives 0.9; with 0.9 of *uneven stages* it is 1.8. 61 layers, the MTP module and two heads do not divide among 16 stages.
 #
-# The table has the other published runs. A real step has more than its kernels: launches, clocks that fall, two micro-batches that fight for one memory (guesses; *Further* lists what the planner does not know). Do at least *differences* hold? The one published pair warns: V2 against DeepSeek 67B saved 42 % and is planned to save 58 %. So read a small bar below as an order of things, not as a price.
+# The table has the other published runs. A real step has more than its kernels: launches, clocks that fall, two micro-batches that fight for one memory (guesses; *Further* lists what the planner does not know). Do at least *differences* hold? The one published pair warns: V2 against DeepSeek 67B saved 42 % and is planned to save 58 %. So trust the large bars of section 4, and neither the size nor the order of the small ones.
 #
 # ### Exercise 6.3 · What a run costs
 #
@@ -255,11 +256,11 @@ for name, seconds in {"planned": as_trained.step_time_s, "measured": 19.926}.ite
     )
 
 # %% [markdown] id="cost-words"
-# The report prints 2,664 thousand GPU-hours and $5.328 M for pre-training, $5.576 M in all. **Claim check.** *"V3 cost 5.6 million dollars."* It is the final run's hours times an assumed rent of $2. Research, failed runs, data, staff and the machines themselves are not in it, and the report says so. (The energy is the GPUs' rated power alone.)
+# The report prints 2,664 thousand GPU-hours and 5.328 million dollars for pre-training, 5.576 million in all. **Claim check.** *"V3 cost 5.6 million dollars."* It is the final run's hours times an assumed rent of two dollars. Research, failed runs, data, staff and the machines themselves are not in it, and the report says so. (The energy is the GPUs' rated power alone.)
 #
 # ## 4 · Unbuild V3
 #
-# Seven decisions made V3 what it is: MLA, FP8, routing limited to four nodes, dispatch that crosses once to each node (*dedup*), DualPipe, MTP, and balance by a bias. What is each worth? Give it up, let the planner find the best layout for what is left, and compare.
+# Seven decisions made V3 what it is: MLA, FP8, routing limited to four nodes, dispatch that crosses once to each node (*dedup*; section 1's two-stage), DualPipe, MTP, and balance by a bias. What is each worth? Give it up, let the planner find the best layout for what is left, and compare.
 #
 # ### Exercise 6.4 · Worth what, and in which order?
 #
@@ -284,7 +285,7 @@ def both_orders(price, decisions): ...
 
 
 # %% [markdown] id="guess-unbuild-text"
-# What stands in a decision's place matters. Here: plain multi-head attention over 128 heads; BF16; experts on any node; a copy for each expert; 1F1B or ZB1P without overlap; no module; and the unevenness that a balance loss left in published models of 1 B parameters.
+# What stands in a decision's place matters. Here: plain multi-head attention over 128 heads; BF16; experts on any node; a copy for each expert; 1F1B or ZB1P without overlap (`term("ZB1P")`); no MTP module; and the unevenness that a balance loss left in published models of 1 B parameters.
 #
 # **Predict.** Which one, given up alone, costs V3's training most GPU-hours?
 
@@ -296,7 +297,7 @@ predict(
 )
 
 # %% [markdown] id="worth-text"
-# **Measure**, with your function. `price` asks the planner for the training of V3 with only the decisions that are kept, in thousand GPU-hours (a thousand are $2,000 and 700 kWh), in layouts without tensor parallelism, as V3 was trained. The picture shows the same, and what each decision adds in *serving*: tokens a second for each GPU.
+# **Measure**, with your function. `price` asks the planner for the training of V3 with only the decisions that are kept, in thousand GPU-hours (a thousand are 2,000 dollars and 700 kWh), in layouts without tensor parallelism, as V3 was trained. The picture shows the same, and what each decision adds in *serving*: tokens a second for each GPU, decoding at 4,989 tokens of context, 20 a second or more for each user.
 
 # %% id="worth"
 from dsv3_tutorial.cost.decisions import DECISIONS
@@ -307,13 +308,13 @@ reveal("codesign.largest", max(worth, key=lambda name: worth[name][0]))
 print(f"thousand GPU-hours: measured 2,667, planned {as_trained.gpu_hours / 1e3:,.0f}", end=", ")
 print(f"in the fastest layout without TP {unbuild_tables.price(DECISIONS):,.0f}")
 for name, (removal, addition) in worth.items():
-    print(f"{name:11} taken back last {removal:+6.0f}, made first {addition:+6.0f}")
+    print(f"{name:11} given up alone {removal:+6.0f}, made alone {addition:+6.0f}")
 unbuild.tornado()
 
 # %% [markdown] id="tornado-words"
-# Read it from the top. FP8 saves most, and not by its products alone: in BF16 the activations leave so little room that everything has to be computed again (*Further*: with TP it would save half as much). MLA is second, since 128 full heads have 17 billion parameters more. MTP *costs* hours. The node limit needs dedup to save anything. Made first, most save more hours: there is more to save.
+# Read it from the top. FP8 saves most, and not by its products alone: in BF16 the activations leave so little room that everything has to be computed again (*Further*: with TP it would save less than half as much). MLA is second, since 128 full heads have 17 billion parameters more. MTP *costs* hours. The node limit needs dedup to save anything. Made alone in the bare model, most save more hours: there is more to save.
 #
-# In serving the bars are bounds (4,770 tokens/s here; DeepSeek's service had 1,850), and memory ends every batch. That is why MTP adds little: its gift is a single user's speed.
+# In serving the bars are bounds (4,770 tokens/s here; DeepSeek's service had 14,800 on eight GPUs), and memory ends every batch. That is why MTP adds little: its gift is a single user's speed.
 #
 # **Claim check.** An article that this course answers to says: *start with memory compression, then compute, then parallelism.* Three groups of decisions, in all orders; then once more with GQA of 8 groups where MLA is not, as others would build it.
 
@@ -323,9 +324,9 @@ unbuild_tables.orders()
 unbuild_tables.orders(kv_heads=8)
 
 # %% [markdown] id="orders-words"
-# For training compute comes first, by far, and MLA saves least as a first step: against GQA next to nothing. For serving memory comes first: without it hardly a token comes out of 128 full heads, and a third more than with FP8 first out of GQA. An order without a goal is no advice.
+# For training compute comes first, by far. MLA as a first step saves about as much as parallelism against full heads, and next to nothing against GQA. For serving memory comes first: with 128 full heads hardly a token is served without MLA; against GQA, MLA first serves a third more than FP8 first. An order without a goal is no advice.
 #
-# Plan yourself. The layout is searched anew at each move, TP included. Three tasks, each from the start values:
+# Now plan one yourself. The layout is searched anew at each move, TP included. Three tasks, each from the start values:
 #
 # 1. Which is the smallest number of H800 here on which V3 can be trained at all? And without FP8?
 # 2. More GPUs make training shorter. Do they make it cheaper? Go up to 8,192.
@@ -339,7 +340,7 @@ explore(planner.planner, **planner.GRID, start=planner.START, say=planner.planne
 # %% [markdown] id="design-text"
 # ## 5 · The design game
 #
-# Now the other way round. The machine is given, and you choose the model.
+# Now the machine is given, and you choose the model.
 #
 # ### Exercise 6.5 · A model for a lab
 #
@@ -354,9 +355,9 @@ explore(planner.planner, **planner.GRID, start=planner.START, say=planner.planne
 # | service | 48 users at once on **one** H100, each with 32,768 tokens of context and 40 tokens/s |
 #
 # Return a dict of fields with Hugging Face's names, and `"tokens"`. The planner trains it on the fastest layout it finds and serves it; the verdict lists all that is missed. Many designs pass. What a model would *learn* is not priced: floors stand in for it, and the shape must keep near published ones:
-# - `hidden_size` at most 160 for each layer; queries (128 a head, 192 with MLA) at least half of it, `q_lora_rank`, where given, 1/8; the feed-forward that a token meets at most 8 times it;
-# - 8 `num_key_value_heads` or more without a latent; in each layer, a cache of 1/16 of `hidden_size` or more;
-# - experts 1/8 of `hidden_size` wide or more; 2 routed ones a token or more, and no more shared than routed ones; at most 1/10 of the layers and 3 dense before them.
+# - `hidden_size` at most 160 times the number of layers; all heads' queries together (128 a head, 192 with MLA) at least `hidden_size` / 2 wide; `q_lora_rank`, if given, at least `hidden_size` / 8; the feed-forward that a token meets at most 8 x `hidden_size`;
+# - without a latent, 8 `num_key_value_heads` or more; in each layer a token caches at least `hidden_size` / 16 numbers;
+# - experts at least `hidden_size` / 8 wide; 2 routed ones a token or more, and no more shared than routed ones; at most layers / 10 + 3 dense layers before them.
 #
 # Served, a weight takes 1 byte (FP8) and a cached number 2, in 72 of 80 GB. A layer caches `kv_lora_rank` + 64 numbers a token, or 256 for each of `num_key_value_heads`.
 #
@@ -387,7 +388,7 @@ def lab_design(): ...
 # | | |
 # |---|---|
 # | model | 120 B parameters or more, 10 B or more of them activated |
-# | training | 1.8 T tokens or more, within 40 days and $560,000, at an assumed $1.20 a GPU hour |
+# | training | 1.8 T tokens or more, within 40 days and 560,000 dollars, at an assumed 1.20 a GPU hour |
 # | service | 240 users at once on **eight** H20, each with 32,768 tokens of context and 30 tokens/s |
 #
 # Fields, shapes and bytes are those of 6.5, with 86.4 of 96 GB to use. Users and experts are shared out over the eight, so the experts must divide by 8; all else lies on each of them. A cache is computed on in BF16.
@@ -400,11 +401,8 @@ def lab_design(): ...
 def cluster_design(): ...
 
 
-# ---------------------------------------------------------------- below ## Further
-
-
 # %% [markdown] id="cluster-run-text"
-# Your two designs, demand by demand. Then the worked answer of the second game with more and fewer heads on its latent, on H20 and on H800: the users that eight GPUs serve. (*Further* has both worked answers.)
+# Your two designs, demand by demand. Then the worked answer of the second game with more and fewer heads on its latent: the users that eight H20 and eight H800 serve. (*Further* has both worked answers.)
 
 # %% id="cluster-run"
 from dsv3_tutorial.learn.figures import design
@@ -414,7 +412,7 @@ design.judged(cluster_design(), BRIEFS["h20"])
 design.heads_table()
 
 # %% [markdown] id="design-words"
-# On an H20 arithmetic ends the batch of V3's 128 heads, and on an H800 memory does. A latent is read once for all heads, so more heads mean more arithmetic for each byte, and an H800 does 295 FLOP while it reads a byte, an H20 37. That is co-design in one number. (What the models would *learn* is not in the game.)
+# On an H20 arithmetic ends the batch of V3's 128 heads, and on an H800 memory does. A latent is read once for all heads, so more heads mean more arithmetic for each byte, and an H800 does 295 FLOP while it reads a byte, an H20 37. (*memory* is its size: a full one, 86 GB, is read in 22 of a user's 33 ms, which leaves some room for arithmetic.) That is co-design in one number.
 #
 # ## 6 · The paper, whole
 #
@@ -441,21 +439,21 @@ paper_whole.believed()
 paper_whole.differences()
 
 # %% [markdown] id="surprises-text"
-# Most of it stands, and most of what differs is *our* models' miss: of messages between few GPUs, which takes links and knows no kernels. What teaches more are places where printed numbers disagree with each other, or with a count:
+# Nine in ten of those that can be computed stand, and most of what differs is *our* models' miss: of messages between few GPUs, which counts links and not what a kernel costs. What teaches more are the places where printed numbers disagree with each other, or with a count:
 
 # %% id="surprises"
 paper_whole.surprises()
 
 # %% [markdown] id="future-text"
-# None overturns a design decision. One changes a headline: against a dense model of 72 billion parameters V3 needs 1.8 times less arithmetic for a token; an order of magnitude it is only against 405 billion. [docs/paper.md](../docs/paper.md) has every number.
+# None overturns a design decision. One changes a headline: the paper says *an order of magnitude* less arithmetic for a token, and it is a factor of 1.8 against 72 billion dense parameters, 9.9 only against 405 billion. [docs/paper.md](../docs/paper.md) has every number.
 #
 # ## 7 · What hardware should come next
 #
-# The authors end with wishes. Each that has a size is a knob of the planner, such as
+# The authors end with wishes. Each that we could give a size is a knob of the planner, such as
 #
 # - *more accurate sums in FP8*: a wider accumulator, so that no sums move to other registers;
 # - *fused quantisation*: the tensor core casts and scales, and nothing is read or written for it;
-# - *communication off the SMs*: a part of the chip that only sends, as 20 of 132 SMs do today;
+# - *communication off the SMs*: a part of the chip that only sends, instead of 20 of the 132 SMs;
 # - *one network*: 160 GB/s to every GPU, not only to those in the node;
 # - *in-network multicast and reduce*: switches that copy on the way out and add on the way back;
 # - *stacked memory*: twice the bandwidth.
@@ -477,7 +475,7 @@ predict(
 )
 
 # %% [markdown] id="knobs-text"
-# **Measure**: training, serving, and the time that a user's token spends on the way.
+# **Measure**: training, serving, and the time that a token's messages take.
 
 # %% id="knobs"
 from dsv3_tutorial.learn.figures import next_hardware
@@ -486,13 +484,13 @@ reveal("codesign.knob", next_hardware.best())
 next_hardware.knobs()
 
 # %% [markdown] id="what-if-text"
-# Training gains most if messages leave the SMs. (The planner takes all that runs beside them to be slower by the 20 SMs' share.) All that the network could do better gives training 9 % at most, since DualPipe hides most messages; it gives serving half as much again, and a user's token up to three times the speed. There memory ends the batch before more network helps, so four knobs buy exactly the same. (Why switches must add as well as copy: *Further*.)
+# Training gains most if messages leave the SMs. (The planner takes all that runs beside them to be slower by the 20 SMs' share.) All that the network could do better gives training 9 % at most, since DualPipe hides most messages; it gives serving half as much again, and a token's messages up to three times the speed. In serving memory ends the batch before more network helps, so four knobs buy exactly the same. (Switches that only copied would shorten dispatch alone, and the combine that travels at the same time would still set the pace.)
 #
 # Build your own machine: V3's training step in the report's layout, and its service. Three tasks, from today's H800:
 #
 # 1. Which single change speeds up training and leaves serving as it was? Which the other way round?
 # 2. Halve the training step with two changes.
-# 3. Eight times the arithmetic and half the network: a faster machine for V3, or a slower one?
+# 3. Eight times the arithmetic and half the scale-out: a faster machine for V3, or a slower one?
 
 # %% id="what-if"
 explore(
@@ -505,7 +503,7 @@ explore(
 # %% [markdown] id="end-text"
 # What a machine lacks, its model is built around. V3 has a latent, because caches fill memory; FP8, because products are the largest part of a step; a copy for each node and two streams through the pipeline, because its links are a quarter as fast as those inside a node. On other chips other answers win, as your second design showed.
 #
-# The paper's numbers stand, with a few footnotes, and you can compute most of them.
+# Most printed numbers that can be computed stand, with some footnotes. You know how to compute them, and which you have to believe.
 
 # %% id="progress"
 progress()
@@ -528,7 +526,7 @@ for op in operators(lambda: stalls_runs.step(state), top=6):
     print(f"{op.name:56} {op.calls:5} calls {1e3 * op.seconds:7.1f} ms")
 
 # %% [markdown] id="two-stalls-text"
-# Products (`mm`) and attention are most of it, as they should be.
+# Products (`mm`) are the largest part. A model this small spends much of a step on many small operators.
 #
 # ### Two stalls that a profile of one GPU does not show
 #
@@ -538,7 +536,7 @@ for op in operators(lambda: stalls_runs.step(state), top=6):
 stalls.experts_table()
 
 # %% [markdown] id="validate-text"
-# All others wait for it. Copies of busy experts on idle ranks repair it (lesson 4), and a bias keeps it from arising.
+# All others wait for the busiest rank. Copies of busy experts on idle ranks repair that (lesson 4), and a bias keeps it from arising.
 #
 # The other is slower to show: a precision that nobody validated. Recorded losses of three runs (lesson 2): BF16, FP8 with its tiles, and FP8 with one scale for all gradients.
 
@@ -557,7 +555,7 @@ for row in receipts.latest("precision", seed=0, length=500):
 #
 # ### The small pair, rung by rung
 #
-# Between the two ends of section 2, each decision added to those before it (one seed each, so differences below a percent say nothing), and what tuning the baseline's learning rate would buy.
+# Between the two ends of section 2, each decision added to those before it (one seed for those between, so differences below three percent say nothing), and the baseline at other learning rates: neither is better.
 
 # %% id="ladder"
 pair.ladder_table()
@@ -604,7 +602,7 @@ print(
 #
 # *Difficulty 1/5 · worth it 4/5 · 3 minutes · about 1 line*
 #
-# **Model FLOPs utilisation** is the share of what the GPUs could do at their peak that went into the model: only FLOP that the model needs count, none that were done twice to save memory.
+# **Model FLOP utilisation** is the share of what the GPUs could do at their peak that went into the model: only FLOP that the model needs count, none that were done twice to save memory.
 #
 # | | | |
 # |---|---|---|
@@ -633,7 +631,7 @@ for fmt in ("bf16", "fp8"):
         print(f"{fmt} peak, {'causal' if causal else 'whole square':12} {share:6.1%}")
 
 # %% [markdown] id="gain-text"
-# Four answers from 19 to 44 %, all of the same run. Say which.
+# Four answers from 19.5 to 43.8 %, all of the same run. Say which.
 #
 # ### A faster network
 #
@@ -641,7 +639,7 @@ for fmt in ("bf16", "fp8"):
 #
 # *Difficulty 2/5 · worth it 4/5 · 6 minutes · about 4 lines*
 #
-# A step needs `compute` seconds of arithmetic and `network` seconds of messages. The share `overlapped` of the messages may travel while something is computed, and does, as long as there is arithmetic to hide it behind; the rest waits for nothing else. How many times as fast does the step become when the network is `factor` times as fast?
+# A step needs `compute` seconds of arithmetic and `network` seconds of messages. The share `overlapped` of the messages may travel while something is computed, and does, as long as there is arithmetic to hide it behind; the rest travels alone, and the step waits for it. How many times as fast does the step become when the network is `factor` times as fast?
 #
 # | | | |
 # |---|---|---|
@@ -665,7 +663,7 @@ for overlapped in (0.0, 0.5, 1.0):
     print(f"{overlapped:4.0%} overlapped: twice as fast {twice:.2f}x, ten times {ten:.2f}x")
 
 # %% [markdown] id="fit-text"
-# Once messages are hidden a faster network buys nothing. This is why V3's co-design makes the H800's slow links hurt so little.
+# Once messages are hidden a faster network buys nothing. This is how V3's co-design makes the H800's slow links hurt so little.
 #
 # ### Where a rate comes from
 #
@@ -702,7 +700,7 @@ print(f"forward and backward together, as the planner has it: {calibration.fp8_p
 # %% [markdown] id="validation-text"
 # ### What the planner does not know
 #
-# Section 3 showed by how much it is off. All its predictions are too fast: what a model of peaks and bytes leaves out can only slow a step.
+# Section 3 showed by how much it is off. All its predictions are too fast: most of what a model of peaks and bytes leaves out slows a step.
 
 # %% id="unknown"
 import textwrap
@@ -728,7 +726,7 @@ unbuild_tables.rests_on()
 unbuild_tables.against_gqa()
 
 # %% [markdown] id="rests-words"
-# With both, FP8 and MLA change places. FP8's large bar is memory: tensor parallelism halves a GPU's activations, and then BF16 need not compute everything again (last column). And MLA's bar is MHA's price: against GQA with 8 groups it buys serving, not training.
+# With both, FP8 and MLA are level. FP8's large bar is memory: tensor parallelism halves a GPU's activations, and then BF16 need not compute everything again (last column). And MLA's bar is MHA's price: against GQA with 8 groups it buys serving, not training.
 #
 # ### The worked designs
 

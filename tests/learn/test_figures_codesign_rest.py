@@ -98,8 +98,10 @@ def bars(ax):
 
 
 DRAWN = {
-    "A step waits 50.0 ms for text; repaired, 1.0 ms": (lambda: stalls.timeline("input", STALLED)),
-    "A step waits 100.0 ms for its checkpoint; repaired, 4.0 ms": (
+    "On average a step waits 50.0 ms for text; repaired, 1.0 ms": (
+        lambda: stalls.timeline("input", STALLED)
+    ),
+    "On average a step waits 100.0 ms for its checkpoint; repaired, 4.0 ms": (
         lambda: stalls.timeline("checkpoint", STALLED)
     ),
     "the toy learns 3.0% worse, from 2.4% worse to 3.7% worse (2 pairs": (

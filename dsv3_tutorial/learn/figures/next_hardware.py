@@ -56,7 +56,10 @@ def knobs() -> Figure:
     order = sorted(served | token, key=lambda knob: (-served.get(knob, 1), -token.get(knob, 1)))
     fig, (left, right) = figure(11, 1.6 + 0.35 * len(steps), columns=2)
     _gains(left, [*steps], {"a training step": (steps, COMPUTE)})
-    told = {"tokens/s a GPU, 20 a user": (served, SERVED), "a user's token": (token, COMMUNICATION)}
+    told = {
+        "tokens/s a GPU, 20 a user": (served, SERVED),
+        "a token's exchanges": (token, COMMUNICATION),
+    }
     _gains(right, order, told)
     finish(fig, left, "", "faster by, %", "")
     finish(fig, right, "", "more or faster by, %", "")

@@ -47,7 +47,7 @@ def curves(found: Runs | None = None) -> Figure:
         _curve(left, index, [r for r in found if r.shapes["variant"] == name])
     finish(fig, left, "", "training FLOP spent, 10^12", "held-out bits per byte")
     _pairs(right, compared(found))
-    finish(fig, right, "", "held-out loss over the baseline's, less 1, %", "", legend=False)
+    finish(fig, right, "", "held-out loss above the baseline's, %", "", legend=False)
     title = {"x": 0.01, "ha": "left", "fontsize": 13, "color": INK, "weight": "bold"}
     fig.suptitle(_finding(found), **title)
     note(fig, f"the toy, {STEPS} steps; {receipts.caption(found)}")

@@ -154,7 +154,7 @@ def _keys(axes) -> tuple[list, list]:
 def _finding(pair: list[Case], cause: str) -> str:
     waits = [1e3 * case.waits.get(cause, 0.0) for case in pair]
     what = {"data": "text", "checkpoint": "its checkpoint"}[cause]
-    return f"A step waits {waits[0]:.1f} ms for {what}; repaired, {waits[1]:.1f} ms"
+    return f"On average a step waits {waits[0]:.1f} ms for {what}; repaired, {waits[1]:.1f} ms"
 
 
 def _busy(pair: list[Case]) -> str:

@@ -24,7 +24,7 @@ from dsv3_tutorial.learn.figures.style import (
     note,
 )
 
-ORDERS = ("taken back last", "made first")
+ORDERS = ("given up alone", "made alone")
 UNIT = 1e6  # GPU hours of a drawn one
 # No tensor parallelism, as V3 was trained: a halved matrix is hardly as fast as the whole.
 CHOICES = FEW.only(micro_batches=(1, 2), tps=(1,))
@@ -70,7 +70,7 @@ def finding(found: Tornado) -> str:
     if math.isfinite(first.hours[0]):
         saved = f"{first.decision} saves most ({first.hours[0] / UNIT:.2f} million"
         alone = first.hours[1]
-        saved += f", made first {alone / UNIT:.2f})" if math.isfinite(alone) else ")"
+        saved += f", made alone {alone / UNIT:.2f})" if math.isfinite(alone) else ")"
     return (
         f"With all decisions {_trained(whole)}, with none {_trained(bare)};\n{saved}; "
         f"serving {rate(whole)} and {rate(bare)} tokens/s and GPU"
@@ -83,7 +83,7 @@ def table(found: Tornado | None = None) -> None:
     print(
         f"{'':<12}{'million GPU hours saved':>36}{'times as many':>22}{'tokens/s, GPU added':>24}"
     )
-    heads = ("last", "first", "difference", "last", "first", "last", "first")
+    heads = ("given up", "made", "difference", "given up", "made", "given up", "made")
     print(f"{'decision':<12}" + _joined(heads))
     for row in found.rows:
         hours = (*_hours(row), _hours(row)[0] - _hours(row)[1])
