@@ -154,7 +154,7 @@ def checks() -> list[Check]:
 
 
 def beside_table_4(found: Plan | None = None) -> list[tuple[str, float, float]]:
-    """(part, ours, printed) seconds of V3's step as ISCA table 4 takes it apart.
+    """(part, ours, printed) seconds of a plan's step as ISCA table 4 takes V3's apart.
 
     Its 1B and 1W together are backwards that run alone, as its parts add up to the step; its
     bubble is ours and what unequal stages cost; its optimizer ours and the gradients.
@@ -162,11 +162,11 @@ def beside_table_4(found: Plan | None = None) -> list[tuple[str, float, float]]:
     found = found or deepseek_v3()
     one = stage_step.mean_chunk(found.cfg, found.cluster, found.job, found.layout, found.assume)
     alone = stage_time.unpaired(found.layout.stages)
-    pairs = found.layout.micro_batches(found.job) - alone
+    pairs = 2 * found.layout.micro_batches(found.job) / found.layout.copies - alone
     sms, times = found.assume.communication_sms, found.times
     ours = {
         "forward": alone * (one.forward + one.sending),
-        "backward": alone * (one.backward + one.sending),
+        "backward": alone * (one.backward + (one.passes - 1) * one.sending),
         "overlapped": pairs * stage_time.pair(one, sms),
         "bubble": times["bubble"] + times["uneven stages"] + times["pipeline sends"],
         "optimizer": times["optimizer"] + times["gradients"],

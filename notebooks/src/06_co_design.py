@@ -561,6 +561,16 @@ for row in receipts.latest("precision", seed=0, length=500):
 pair.ladder_table()
 pair.learning_rates()
 
+# %% [markdown] id="pair-live-text"
+# Both ends side by side on this machine, with a seed that is in no receipt. A minute buys some forty of the 500 steps: enough to see how much longer a step of the whole design takes here, and not who learns better.
+
+# %% id="pair-live" tags=["live", "nbval-ignore-output"]
+from dsv3_tutorial.bench import codesign
+
+for step, losses in codesign.live(seconds=live_seconds()):
+    if step % 5 == 1:
+        print(f"step {step:3}:", ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+
 # %% [markdown] id="further-stages-text"
 # ### Stages that are not equal
 #
@@ -707,6 +717,8 @@ import textwrap
 
 from dsv3_tutorial.cost import validation
 
+with_it, without = (each().step_time_s for each in (validation.deepseek_v3, validation.without_mtp))
+print(f"the MTP module takes {1 - without / with_it:.1%} of V3's planned step\n")
 for sentence in validation.UNKNOWN:
     print(textwrap.fill(sentence, 96, initial_indent="- ", subsequent_indent="  "))
 

@@ -17,7 +17,6 @@ from dsv3_tutorial.hardware import Cluster
 from dsv3_tutorial.learn.figures import (
     plan_roofline,
     planner,
-    planner_tasks,
     step_anatomy,
     unbuild,
     unbuild_tables,
@@ -164,15 +163,38 @@ def test_a_model_is_planned_with_what_its_authors_may_never_have_used():
     assert "no mla to take back" in why and "is planned with fp8, dualpipe" in why
 
 
+def smallest_cluster(model="deepseek-v3", chip="h800", without=planner.NOTHING):
+    """The fewest GPUs of the grid on which the model can be trained; None: not on any."""
+    fitting = (n for n in planner.GRID["gpus"] if planner.answer(model, chip, n, without).plan)
+    return next(fitting, None)
+
+
+def network_binds(gpus, without):
+    """(GPUs, what is taken back) where more bandwidth of a link would buy most, for V3 on H800."""
+    found = {
+        (many, left): planner.answer("deepseek-v3", "h800", many, left).plan
+        for many in gpus
+        for left in without
+    }
+    return [at for at, of in found.items() if of and of.bottleneck in ("scale up", "scale out")]
+
+
+def fp8_saves(chips):
+    """By chip: the share of V3's GPU hours that are spent more in BF16, least first."""
+    found = {chip: planner.answer("deepseek-v3", chip, 2048, "fp8") for chip in chips}
+    known = {chip: each.more for chip, each in found.items() if each.plan and each.whole}
+    return dict(sorted(known.items(), key=lambda pair: pair[1]))
+
+
 def test_the_tasks_have_answers_on_the_grid():
-    least = planner_tasks.smallest_cluster(without="fp8")
+    least = smallest_cluster(without="fp8")
     at = planner.GRID["gpus"].index(least)
     assert planner.answer(gpus=planner.GRID["gpus"][at - 1], without="fp8").plan is None
     assert planner.answer(gpus=least, without="fp8").plan.layout.precision == "bf16"
-    assert planner_tasks.smallest_cluster("llama-3.1-405b", "h800", "mla") is None
-    saved = planner_tasks.fp8_saves(chips=("h20", "a100", "h800"))
+    assert smallest_cluster("llama-3.1-405b", "h800", "mla") is None
+    saved = fp8_saves(chips=("h20", "a100", "h800"))
     assert next(iter(saved)) == "a100" and saved["a100"] == 0 < saved["h800"] < saved["h20"]
-    bound = planner_tasks.network_binds(gpus=(512, 2048), without=(planner.NOTHING, "dedup"))
+    bound = network_binds(gpus=(512, 2048), without=(planner.NOTHING, "dedup"))
     assert (512, "dedup") in bound and (2048, planner.NOTHING) not in bound
 
 

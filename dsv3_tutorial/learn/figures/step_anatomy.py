@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from dsv3_tutorial import hardware, paper
 from dsv3_tutorial.config import ModelConfig
-from dsv3_tutorial.cost import stage_step, stage_time, step_time, validation
+from dsv3_tutorial.cost import step_time, validation
 from dsv3_tutorial.cost.plan import Job, Layout, Plan, plan
 from dsv3_tutorial.hardware import Cluster
 from dsv3_tutorial.learn.figures.step_parts import COLOURS, stack
@@ -119,17 +119,13 @@ def operations(of: Plan) -> dict[str, float]:
             f"{of.layout.schedule} overlaps no forward with a backward, so table 4's rows do not "
             "describe it. Take a plan in dualpipe."
         )
-    one = stage_step.mean_chunk(of.cfg, of.cluster, of.job, of.layout, of.assume)
-    alone = stage_time.unpaired(of.layout.stages)
-    chunks = 2 * of.layout.micro_batches(of.job) / of.layout.copies  # two stages on a device
+    ours = {part: seconds for part, seconds, _ in validation.beside_table_4(of)}
     rows = {
-        "forward": alone * (one.forward + one.sending),
-        "backward": alone * (one.backward + (one.passes - 1) * one.sending),
-        "forward and backward overlapped": (
-            (chunks - alone) * stage_time.pair(one, of.assume.communication_sms)
-        ),
+        "forward": ours["forward"],
+        "backward": ours["backward"],
+        "forward and backward overlapped": ours["overlapped"],
         "bubble": of.times["bubble"],
-        "optimizer": of.times["gradients"] + of.times["optimizer"],
+        "optimizer": ours["optimizer"],
     }
     return {**rows, "all else": max(0.0, of.step_time_s - sum(rows.values()))}
 
