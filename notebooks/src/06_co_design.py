@@ -562,7 +562,7 @@ pair.ladder_table()
 pair.learning_rates()
 
 # %% [markdown] id="pair-live-text"
-# Both ends side by side on this machine, with a seed that is in no receipt. A minute buys some forty of the 500 steps: enough to see how much longer a step of the whole design takes here, and not who learns better.
+# Both ends side by side on this machine, with a seed that is in no receipt. A minute buys some forty of the 500 steps: enough to see that both learn, and not who learns better. (`+ MTP` is the whole design.)
 
 # %% id="pair-live" tags=["live", "nbval-ignore-output"]
 from dsv3_tutorial.bench import codesign
