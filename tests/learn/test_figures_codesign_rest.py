@@ -471,3 +471,10 @@ def test_the_explorers_tasks_have_their_answers_on_its_grid():
 
 
 _FIGURES = (future_world.step_s, future_world.serving)
+
+
+def test_the_group_that_differs_most_is_counted_and_one_of_those_drawn():
+    name = paper_whole.most_different()
+    told = [one for one in bench_paper.reproduced() if one.verdict.startswith("differs")]
+    mine = [one for one in told if paper_whole.GROUPS[one.row.id.split(".")[0]] == name]
+    assert 2 * len(mine) > len(told)  # more than half, so no other has as many

@@ -134,6 +134,11 @@ def differing() -> int:
     return len(_told(paper.reproduced(), "differs"))
 
 
+def most_different() -> str:
+    """The group in which most of the numbers that are computed again come out differently."""
+    return Counter(map(_group, _told(paper.reproduced(), "differs"))).most_common(1)[0][0]
+
+
 def surprises() -> None:
     """Print the contradictions that teach most: what is printed, what is right, and why."""
     print(f"{'':46}{'printed':>25}{'ours':>27}")
